@@ -1,0 +1,43 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+MODEL ?= digits@best
+PORT ?= 8000
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart serve test lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv with the pinned set of packages
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit((3, 11) > v or v > (3, 13))' || \
+	  { echo "needs Python 3.11 to 3.13; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install  ## train digits on this machine, in about 6 minutes, and look at them
+	$(BIN)/python jobs/quickstart.py
+	$(BIN)/python tests/readability.py --model digits@best
+
+serve: install  ## serve MODEL (digits@best) on PORT (8000) of this machine
+	$(BIN)/python -m serving --model $(MODEL) --port $(PORT)
+
+test: install lint  ## lint, format check, types, and all tests
+	$(BIN)/python -m pytest
+
+lint: install  ## lint, format check and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install  ## format the code and mend what lint can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## delete .venv and caches; storage/ stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache platform/*.egg-info

@@ -1,0 +1,75 @@
+"""Generate images: a sheet to look at, PNG files by class, or Parquet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from biggan.classes import class_id
+from biggan.commands import parse, run_command
+from biggan.errors import UserError
+from biggan.generation import generate
+from biggan.latents import check_truncation
+from biggan.models import load_generator
+from biggan.pixels import sheet
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate images with a model of the store.
+
+    python jobs/generate.py --model digits@best --output sheet.png
+
+    python jobs/generate.py --model digits@best --output images/ --n 10000
+
+    python jobs/generate.py --model digits@best --output s3://bucket/set --format parquet --n 50000
+    """
+
+    model: str
+    """NAME@ALIAS, NAME@VERSION, path or URI."""
+    output: str
+    """A file to be (.png, .webp or .jpg: one sheet), or a folder, path or URI."""
+    n: int = 100
+    """Images in all, dealt out evenly among the classes."""
+    classes: tuple[str, ...] = ()
+    """Classes by name or id; by default all."""
+    seed: int = 0
+    """Image i has seed SEED + i."""
+    truncation: float | None = 1.0
+    """Keep latents in [-t, t]: smaller is more typical, less varied; None is no truncation."""
+    format: Literal["png", "parquet"] = "png"
+    """What a folder is filled with."""
+    storage: str | None = None
+    """Storage root, path or URI; by default $BIGGAN_STORAGE, else ./storage."""
+
+
+def main() -> None:
+    """Generate what the command line describes."""
+    command = parse(Generate)
+    if command.n < 1:
+        raise UserError(f"--n {command.n}: must be 1 or more")
+    if command.truncation is not None:
+        check_truncation(command.truncation)
+    G = load_generator(command.model, root=command.storage)
+    chosen = [class_id(name, G.class_names) for name in command.classes] or range(G.n_classes)
+    ids = [chosen[i % len(chosen)] for i in range(command.n)]
+    if command.output.endswith((".png", ".webp", ".jpg", ".jpeg")):
+        picture = sheet(G.sample(ids, command.seed, command.truncation), min(len(chosen), 20))
+        Path(command.output).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(command.output)
+    else:
+        generate(
+            command.model,
+            command.output,
+            class_ids=ids,
+            seed=command.seed,
+            truncation=command.truncation,
+            file_format=command.format,
+            root=command.storage,
+        )
+    print(f"{command.n:,} images in {command.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

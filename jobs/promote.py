@@ -1,0 +1,60 @@
+"""Put the best generator of a run or a sweep into the model store: `--run NAME`, `--sweep NAME`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from biggan.commands import parse, run_command
+from biggan.promotion import promote
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Export the generator with the lowest FID as a model version; point `best` to it if it is.
+
+    The checkpoint's averaged generator gets standing statistics and its FID is measured anew.
+    `best` moves only if that FID, of the same protocol, beats the one it points to. An endpoint
+    that serves the model picks a new best up by itself.
+
+    python jobs/promote.py --run first
+
+    python jobs/promote.py --sweep first --name digits
+    """
+
+    run: str | None = None
+    """A run, by name, path or URI."""
+    sweep: str | None = None
+    """A sweep, by name, path or URI; give this or --run."""
+    name: str | None = None
+    """Name of the model; by default that of the dataset."""
+    force: bool = False
+    """Point `best` to this version whatever its FID."""
+    licence: str = "not stated"
+    """Licence of the model, for its card."""
+    storage: str | None = None
+    """Storage root, path or URI; by default $BIGGAN_STORAGE, else ./storage."""
+
+
+def main() -> None:
+    """Promote what the command line names."""
+    command = parse(Promote)
+    promotion = promote(
+        run=command.run,
+        sweep=command.sweep,
+        name=command.name,
+        force=command.force,
+        licence=command.licence,
+        root=command.storage,
+    )
+    card = promotion.card
+    print(
+        f"model {card.name}@{card.version}: FID {card.fid:.3f}"
+        f" ({card.fid_protocol['extractor']}), from {card.run} at {card.kimg:g} kimg"
+    )
+    print(f"best {'points to it' if promotion.is_best else 'stays'}: {promotion.reason}")
+    print(f"samples: {promotion.folder}/samples.png")
+    print(f"next: make serve MODEL={card.name}@best")
+
+
+if __name__ == "__main__":
+    run_command(main)

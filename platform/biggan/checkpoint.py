@@ -1,0 +1,127 @@
+"""Checkpoints: all that the next step depends on, in one file that loads without pickle.
+
+A checkpoint is a folder with `state.pt` (G, D, G_ema, both optimizers, counters) and
+`checkpoint.json` (step, FID, the size and SHA-256 of `state.pt`), which is written last. There are
+no generator states to save: every random draw is a function of the seed and the step
+(`biggan.latents`), so seed and step are the random state, of every rank, and the position of the
+sampler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from biggan.metrics.fid import FID
+from biggan.networks import Generator
+from biggan.storage import Folder, StorageError
+from biggan.training import TrainState
+
+STATE = "state.pt"
+DESCRIPTION = "checkpoint.json"
+
+
+class Standing(BaseModel):
+    """How a run stands, beyond its networks: what early stopping and progress lines need."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fid: float | None = None
+    """The last FID measured."""
+    best_fid: float | None = None
+    """The lowest FID measured."""
+    best_kimg: float = 0.0
+    """When it was measured."""
+    evaluations_since_best: int = 0
+    seconds: float = 0.0
+    """Time spent training and evaluating, over all interruptions."""
+
+
+class CheckpointInfo(BaseModel):
+    """What `checkpoint.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    images_seen: int
+    seed: int
+    fid: float | None
+    """FID of the checkpoint's own G_ema; None if it was not measured at this step."""
+    fid_protocol: dict[str, Any] | None
+    standing: Standing
+    state_bytes: int
+    state_sha256: str
+
+    @classmethod
+    def read(cls, folder: Folder) -> CheckpointInfo:
+        """Read a checkpoint's description; raises `StorageError` if it is absent or damaged."""
+        try:
+            return cls.model_validate(folder.read_json(DESCRIPTION))
+        except FileNotFoundError:
+            raise StorageError(f"{folder} holds no whole checkpoint: no {DESCRIPTION}") from None
+        except ValueError as error:
+            raise StorageError(f"{folder}/{DESCRIPTION} is damaged: {error}") from None
+
+
+def save(
+    folder: Path, state: TrainState, *, seed: int, standing: Standing, fid: FID | None
+) -> None:
+    """Write a checkpoint into an existing local folder."""
+    file = io.BytesIO()
+    torch.save(
+        {
+            "G": state.G.state_dict(),
+            "D": state.D.state_dict(),
+            "G_ema": state.G_ema.state_dict(),
+            "optim_G": state.optim_G.state_dict(),
+            "optim_D": state.optim_D.state_dict(),
+        },
+        file,
+    )
+    content = file.getbuffer()
+    (folder / STATE).write_bytes(content)
+    info = CheckpointInfo(
+        step=state.step,
+        images_seen=state.images_seen,
+        seed=seed,
+        fid=fid.value if fid else None,
+        fid_protocol=fid.protocol if fid else None,
+        standing=standing.model_copy(),
+        state_bytes=len(content),
+        state_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    (folder / DESCRIPTION).write_text(info.model_dump_json(indent=2))
+
+
+def restore(folder: Folder, state: TrainState) -> Standing:
+    """Bring `state` to where a checkpoint left off; raises `StorageError` if it is damaged."""
+    info = CheckpointInfo.read(folder)
+    content = _read_state(folder, info)
+    for name in ("G", "D", "G_ema", "optim_G", "optim_D"):
+        getattr(state, name).load_state_dict(content[name])
+    state.step, state.images_seen = info.step, info.images_seen
+    return info.standing
+
+
+def restore_generator(folder: Folder, G: Generator) -> CheckpointInfo:
+    """Load a checkpoint's averaged generator into `G`, which is left in evaluation mode."""
+    info = CheckpointInfo.read(folder)
+    G.load_state_dict(_read_state(folder, info)["G_ema"])
+    G.eval().requires_grad_(False)
+    return info
+
+
+def _read_state(folder: Folder, info: CheckpointInfo) -> dict[str, Any]:
+    content = folder.read_bytes(STATE)
+    if hashlib.sha256(content).hexdigest() != info.state_sha256:
+        raise StorageError(
+            f"{folder}/{STATE} is damaged: {len(content)} bytes that do not match the"
+            f" {info.state_bytes} written; delete this checkpoint to use the one before"
+        )
+    loaded: dict[str, Any] = torch.load(io.BytesIO(content), "cpu", weights_only=True)
+    return loaded

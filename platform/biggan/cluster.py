@@ -1,0 +1,65 @@
+"""Connecting to Ray: the cluster that is there, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+
+
+def connect() -> None:
+    """Connect this process to Ray, unless it already is.
+
+    The cluster is that of $RAY_ADDRESS (set inside a submitted job), else one running on this
+    machine (`ray start --head`), else a new one that lives as long as this process, with its
+    dashboard on loopback and token authentication on. Raises ConnectionError if $RAY_ADDRESS
+    leads nowhere.
+    """
+    if ray.is_initialized():
+        return
+    # Ray's colours and "repeated 3x across cluster" summaries would garble progress lines, and its
+    # own way of catching prints would show each of them twice.
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # It warns that authentication is on, which it should be.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"logging_level": logging.WARNING}
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError:
+        if "RAY_ADDRESS" in os.environ:
+            raise
+        # One's own machine gives no notice before it goes.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        ray.init(address="local", include_dashboard=True, **options)
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data from logging plans and bars: our jobs print progress of their own."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster has to offer."""
+
+    cpus: int
+    gpus: int
+
+
+def largest_node() -> Node:
+    """The machine with the most GPUs, then CPUs, of the connected cluster."""
+    nodes = [
+        Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return max(nodes, key=lambda node: (node.gpus, node.cpus))

@@ -1,0 +1,244 @@
+"""The configuration of a run: one frozen, typed, validated object.
+
+The command line, YAML files, notebooks and Ray Tune all build the same `RunConfig`. Tune's
+search space addresses its fields by dotted name (``optim.lr_g``). An unknown name is an error
+that suggests the nearest one; a value out of range is an error that names field, value and limit.
+
+Lengths of time are counted in thousands of real images shown to D (``kimg``), never in epochs or
+steps, so that runs with different batch sizes can be compared.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from biggan.errors import UserError
+
+RESOLUTIONS = (8, 16, 32, 64, 128, 256, 512)
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used: says the field, the value, the limit and the mend."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The networks: BigGAN of Brock, Donahue and Simonyan 2018 (arXiv 1809.11096), appendix B."""
+
+    ch_g: int = Field(64, ge=1)
+    """Width multiplier of G; the paper's ImageNet models use 96."""
+    ch_d: int = Field(64, ge=1)
+    """Width multiplier of D."""
+    z_dim: int = Field(120, ge=1)
+    """Length of the latent vector. With hierarchical z a multiple of (G's blocks + 1)."""
+    shared_dim: int = Field(128, ge=1)
+    """Length of the class embedding that all of G's conditional batch norms share."""
+    hierarchical: bool = True
+    """Split z into chunks, one for the first layer and one for each block ("skip-z")."""
+    attention: tuple[int, ...] = ()
+    """Resolutions that self-attention follows, in G and D; the paper has 64 at 128 pixels."""
+    init: Literal["orthogonal", "normal"] = "orthogonal"
+    """Initial weights: orthogonal (the paper) or N(0, 0.02)."""
+    sn_eps: float = Field(1e-6, gt=0)
+    """Added to norms in spectral normalization's power iteration."""
+    bn_eps: float = Field(1e-5, gt=0)
+    """Added to variances in G's class-conditional batch norms."""
+
+
+class LossConfig(Section):
+    """The adversarial objective and the regularization of the weights."""
+
+    name: Literal["hinge", "bce"] = "hinge"
+    """hinge (the paper), or bce: the non-saturating binary cross-entropy of Goodfellow 2014."""
+    ortho_g: float = Field(1e-4, ge=0)
+    """Strength of orthogonal regularization on G's weights (the paper's beta); 0 is off."""
+    ortho_d: float = Field(0.0, ge=0)
+    """Strength of orthogonal regularization on D's weights; the paper leaves it off."""
+    ortho_variant: Literal["modified", "full"] = "modified"
+    """modified: eq. 3 of the paper, which leaves norms free; full: Brock et al. 2016."""
+
+
+class OptimConfig(Section):
+    """Adam, and how many images and updates make a step."""
+
+    batch_size: int = Field(64, ge=2)
+    """Real images an update of D sees, over all workers and accumulated micro-batches."""
+    lr_g: float = Field(1e-4, gt=0)
+    """Adam's learning rate for G; 5e-5 in the paper."""
+    lr_d: float = Field(4e-4, gt=0)
+    """Adam's learning rate for D; 2e-4 in the paper."""
+    beta1: float = Field(0.0, ge=0, lt=1)
+    """Adam's first-moment decay."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Adam's second-moment decay."""
+    eps: float = Field(1e-6, gt=0)
+    """Adam's epsilon."""
+    num_D_steps: int = Field(1, ge=1)
+    """Updates of D before each update of G, each on new images; 2 in the paper."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches that make up one batch, where a whole one does not fit in memory.
+    Batch-norm moments and spectral norms then advance once per micro-batch."""
+
+
+class EMAConfig(Section):
+    """The exponential moving average of G's weights, which is what is evaluated and served."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Decay a step."""
+    start_kimg: float = Field(0.0, ge=0)
+    """Before this many thousand images the average is a plain copy of G (``ema_start``)."""
+
+
+class DataConfig(Section):
+    """How images are shown to D."""
+
+    flip: bool = False
+    """Mirror half of the real images left to right. Wrong for text, digits and most scans."""
+
+
+class EvalConfig(Section):
+    """FID on the averaged generator, in the course of training."""
+
+    every_kimg: float = Field(10.0, gt=0)
+    """Thousand images between evaluations; each also makes a checkpoint and a sample sheet."""
+    num_samples: int = Field(10_000, ge=2)
+    """Generated images an FID is taken over. FID falls as it grows: compare equals only."""
+    extractor: str = "classifier"
+    """Whose features FID compares: `classifier`, the network trained on the dataset itself."""
+    batch_size: int = Field(256, ge=1)
+    """Images generated at a time."""
+    patience: int = Field(0, ge=0)
+    """Stop after this many evaluations in a row without a new lowest FID; 0 never stops."""
+    sheet_columns: int = Field(10, ge=1)
+    """Classes on the sample sheet, one a column; spread evenly where there are more."""
+    sheet_rows: int = Field(8, ge=1)
+    """Samples a class on the sample sheet, from latents that stay the same all run."""
+
+
+class CheckpointConfig(Section):
+    """When the whole training state is saved, beyond every evaluation."""
+
+    every_kimg: float = Field(10.0, gt=0)
+    """Thousand images between checkpoints; the most that a failure can cost."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept: those with the lowest FID; the latest is always kept too."""
+
+
+class RunConfig(Section):
+    """All that decides a run's outcome. What it runs on (workers, GPUs) is not part of it."""
+
+    dataset: str = ""
+    """Name, path or URI of a prepared dataset (jobs/prepare.py makes one)."""
+    total_kimg: float = Field(1000.0, gt=0)
+    """Length of the run in thousand real images shown to D."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides initial weights, data order, latents and flips."""
+    model: ModelConfig = ModelConfig()
+    """Networks."""
+    loss: LossConfig = LossConfig()
+    """Objective and regularization."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizers and batches."""
+    ema: EMAConfig = EMAConfig()
+    """Weight averaging."""
+    data: DataConfig = DataConfig()
+    """Augmentation."""
+    eval: EvalConfig = EvalConfig()
+    """FID while training."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+
+    @model_validator(mode="after")
+    def _accumulation_divides_the_batch(self) -> Self:
+        optim = self.optim
+        if optim.batch_size % optim.accumulation:
+            raise ValueError(
+                f"optim.batch_size {optim.batch_size} is not a multiple of optim.accumulation"
+                f" {optim.accumulation}: change one of them"
+            )
+        return self
+
+    @property
+    def step_images(self) -> int:
+        """Real images that one step (num_D_steps updates of D, one of G) consumes."""
+        return self.optim.batch_size * self.optim.num_D_steps
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Build a configuration from nested mappings; raises `ConfigError` on anything unfit."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunConfig:
+        """Read a YAML file of nested sections; raises `ConfigError` on anything unfit."""
+        values = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
+        return cls.parse(values)
+
+    def override(self, values: Mapping[str, Any]) -> RunConfig:
+        """This configuration with fields replaced, by dotted name: ``{"optim.lr_g": 1e-4}``."""
+        nested = self.model_dump()
+        for dotted, value in values.items():
+            *sections, field = dotted.split(".")
+            target = nested
+            for section in sections:
+                # An unknown section becomes an entry that parse() refuses, with a suggestion.
+                inner = target.setdefault(section, {})
+                if not isinstance(inner, dict):
+                    raise ConfigError(f"{dotted}: {section} is a value, not a section")
+                target = inner
+            target[field] = value
+        return self.parse(nested)
+
+    def flatten(self) -> dict[str, Any]:
+        """Every field by dotted name."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+FIELD_NAMES: tuple[str, ...] = tuple(RunConfig().flatten())
+"""Every dotted field name of a `RunConfig`."""
+
+
+def explain(error: ValidationError) -> str:
+    """One line a problem: the dotted field, the value, the limit, and the nearest known name."""
+    lines = []
+    for problem in error.errors():
+        dotted = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{dotted} is no setting{_suggest(dotted)}")
+        elif dotted:
+            lines.append(f"{dotted} = {problem['input']!r}: {problem['msg']}")
+        else:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+    return "; ".join(lines)
+
+
+def _suggest(dotted: str) -> str:
+    sections = {name.split(".")[0] for name in FIELD_NAMES if "." in name}
+    leaf = dotted.split(".")[-1]
+    near = [name for name in FIELD_NAMES if name.split(".")[-1] == leaf]  # In the wrong section.
+    near = near or difflib.get_close_matches(dotted, [*FIELD_NAMES, *sections], n=1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else "; known: " + ", ".join(FIELD_NAMES)

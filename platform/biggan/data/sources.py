@@ -1,0 +1,146 @@
+"""Where images come from: what a dataset is prepared from.
+
+A source lists its items cheaply on the driver; workers load them one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from pyarrow import fs
+
+from biggan.data.dataset import Rejected
+from biggan.errors import UserError
+from biggan.storage import Folder
+
+
+class SourceError(UserError):
+    """A source that holds nothing usable, and what it should hold."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source, and its class by index."""
+
+    ref: str
+    label: int
+
+
+class Source(Protocol):
+    """Labelled images."""
+
+    classes: list[str]
+    items: list[Item]
+    rejected: list[Rejected]
+    """What was found unfit while listing."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `dataset.json` says of the source."""
+
+    def load(self, ref: str) -> Image.Image:
+        """An item's image, perhaps not yet decoded; raises whatever a damaged one makes it."""
+
+
+def open_source(spec: str) -> Source:
+    """The source that `spec` names.
+
+    That is `digits`, or a folder (path or URI) with one sub-folder of images a class. Raises
+    `SourceError` if there is nothing usable.
+    """
+    if spec == "digits":
+        return DigitsSource()
+    return ClassFolders(Folder(spec if "://" in spec else str(Path(spec).expanduser().resolve())))
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8), labels
+
+
+class DigitsSource:
+    """scikit-learn's handwritten digits: 1,797 scans of 8x8 pixels in ten classes.
+
+    They come with scikit-learn, so this source works offline. (Alpaydin and Kaynak 1998, UCI
+    "Optical Recognition of Handwritten Digits", test part; CC BY 4.0.)
+    """
+
+    def __init__(self) -> None:
+        self.classes = [str(digit) for digit in range(10)]
+        self.items = [Item(str(i), int(label)) for i, label in enumerate(_digits()[1])]
+        self.rejected: list[Rejected] = []
+        self.description = {"kind": "digits"}
+
+    def load(self, ref: str) -> Image.Image:
+        """Scan number `ref`."""
+        return Image.fromarray(_digits()[0][int(ref)])
+
+
+# What operating systems leave in folders; not worth a line in a report.
+_LITTER = {"thumbs.db", "desktop.ini"}
+
+
+@dataclass
+class ClassFolders:
+    """A folder with one sub-folder a class; images may lie deeper within. Local or any URI."""
+
+    root: Folder
+    classes: list[str] = field(init=False)
+    items: list[Item] = field(init=False)
+    rejected: list[Rejected] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.root.exists():
+            raise SourceError(f"--source {self.root} does not exist")
+        paths: dict[fs.FileType, list[str]] = {fs.FileType.Directory: [], fs.FileType.File: []}
+        for info in self.root.filesystem.get_file_info(
+            fs.FileSelector(self.root.path, recursive=True)
+        ):
+            path = info.path.removeprefix(self.root.path).lstrip("/")
+            hidden = any(part.startswith(".") for part in path.split("/"))
+            if not hidden and info.base_name.lower() not in _LITTER:
+                paths.setdefault(info.type, []).append(path)
+        files = sorted(paths[fs.FileType.File], key=natural)
+        folders = {path for path in paths[fs.FileType.Directory] if "/" not in path}
+        used = {path.split("/")[0] for path in files if "/" in path}
+        if not used:
+            raise SourceError(
+                f"--source {self.root} has no classes: expected one sub-folder a class with images"
+                f" in it, found {len(folders)} empty sub-folders and {len(files)} files"
+            )
+        self.classes = sorted(used, key=natural)
+        self.rejected = [
+            Rejected(path=path, reason="class folder without any file")
+            for path in sorted(folders - used, key=natural)
+        ]
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.items = [Item(path, index[path.split("/")[0]]) for path in files if "/" in path]
+        self.rejected += [
+            Rejected(path=path, reason="lies outside any class folder")
+            for path in files
+            if "/" not in path
+        ]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `dataset.json` says of the source."""
+        return {"kind": "folders", "uri": self.root.uri}
+
+    def load(self, ref: str) -> Image.Image:
+        """The image at path `ref` under the root."""
+        return Image.open(BytesIO(self.root.read_bytes(ref)))
+
+
+def natural(text: str) -> list[str | int]:
+    """Sort key under which "class 10" follows "class 9"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]

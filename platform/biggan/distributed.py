@@ -1,0 +1,170 @@
+"""Training on Ray: the launcher that a user calls, and the worker that Ray Train starts.
+
+A run's folder is Ray Train's experiment folder, so that a run started again under the same name
+resumes from its latest checkpoint, after a crash of a worker as after one of the whole cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from biggan.checkpoint import CheckpointInfo
+from biggan.cluster import connect, largest_node
+from biggan.config import ConfigError, RunConfig
+from biggan.data.batches import check_batch
+from biggan.data.dataset import Dataset, DatasetInfo
+from biggan.loop import TrainingLoop, print_line
+from biggan.networks import check_model
+from biggan.parallel import Workers
+from biggan.runs import best_checkpoint, open_run, read_metrics
+from biggan.storage import Folder, locate
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a run is spread over. Decides its speed, not its outcome."""
+
+    workers: int = 1
+    """Processes that share each batch; on GPUs, one a GPU."""
+    gpu: bool | None = None
+    """Whether each worker takes a GPU; if not said, whether the cluster has one by now."""
+    cpus_per_worker: int = 0
+    """CPU cores a worker computes with; 0 shares out those of the largest machine."""
+    max_failures: int = 3
+    """Restarts from the latest checkpoint when workers fail; -1 is without limit."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"workers = {self.workers}: must be 1 or more")
+        if self.cpus_per_worker < 0:
+            raise ConfigError(f"cpus_per_worker = {self.cpus_per_worker}: must be 0 or more")
+
+    def to_ray(self) -> ScalingConfig:
+        """Ray Train's form, with what was left open settled for the connected cluster."""
+        node = largest_node()
+        gpu = node.gpus > 0 if self.gpu is None else self.gpu
+        sharing = max(node.gpus, 1) if gpu else self.workers
+        cpus = self.cpus_per_worker or max(1, node.cpus // sharing)
+        resources = {"CPU": cpus} | ({"GPU": 1} if gpu else {})
+        return ScalingConfig(num_workers=self.workers, use_gpu=gpu, resources_per_worker=resources)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended, and where it lies."""
+
+    folder: Folder
+    stop_reason: str
+    """"finished", "patience", or "diverged: ..." with the step and the cause."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss or weight became infinite or NaN."""
+        return self.stop_reason.startswith("diverged")
+
+    @property
+    def best(self) -> tuple[Folder, CheckpointInfo]:
+        """The checkpoint with the lowest FID; raises `StorageError` if none was evaluated."""
+        return best_checkpoint(self.folder)
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """Every row of the run's metrics: step, kimg, losses, images a second, FID."""
+        return pd.DataFrame(read_metrics(self.folder))
+
+
+def train(
+    config: RunConfig, name: str, *, root: str | None = None, scaling: Scaling | None = None
+) -> RunResult:
+    """Train a BigGAN as run `name`, or resume the run of that name where it left off.
+
+    Raises `ConfigError` if the configuration does not fit the dataset, the workers or the run that
+    is there; `StorageError` if there is no such dataset; and what Ray Train raises when workers
+    fail more than `scaling.max_failures` times.
+    """
+    scaling = scaling or Scaling()
+    dataset = locate("datasets", config.dataset, root)
+    info = DatasetInfo.read(dataset)
+    check_fit(config, info, scaling.workers)
+    run = locate("runs", name, root)
+    config = open_run(run, config, info)
+    connect()
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # Ray's stated types lag behind Train V2.
+        train_loop_config=worker_spec(config, dataset, run),
+        scaling_config=scaling.to_ray(),
+        run_config=ray_run_config(config, run, max_failures=scaling.max_failures),
+    )
+    result = trainer.fit()
+    return RunResult(run, stop_reason=str(result.return_value))  # type: ignore[attr-defined]
+
+
+def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:
+    """Raise `ConfigError` unless the configuration fits the dataset and the number of workers."""
+    check_model(config.model, dataset.resolution)
+    check_batch(config, workers)
+
+
+def worker_spec(
+    config: RunConfig, dataset: Folder, run: Folder, quiet: bool = False
+) -> dict[str, Any]:
+    """What `train_worker` is handed."""
+    return {
+        "config": config.model_dump(),
+        "dataset": dataset.uri,
+        "run": run.uri,
+        "quiet": quiet,
+    }
+
+
+def ray_run_config(
+    config: RunConfig, run: Folder, max_failures: int, callbacks: Sequence[Any] = ()
+) -> RayRunConfig:
+    """Ray Train's settings for a run whose folder is `run`."""
+    return RayRunConfig(
+        name=run.name,
+        storage_path=run.parent.uri,
+        failure_config=FailureConfig(max_failures=max_failures),
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=config.checkpoint.keep,
+            checkpoint_score_attribute="checkpoint_fid",
+            checkpoint_score_order="min",
+        ),
+        callbacks=list(callbacks),
+        logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+    )
+
+
+def train_worker(spec: dict[str, Any]) -> str:
+    """One worker of a run, under Ray Train; returns why the run ended."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
+    run = Folder(spec["run"])
+    latest = ray.train.get_checkpoint()
+    loop = TrainingLoop(
+        RunConfig.parse(spec["config"]),
+        Dataset.open(spec["dataset"]),
+        run,
+        Workers.current(get_device()),
+        _report,
+        resume_from=run / Path(latest.path).name if latest else None,
+        say=None if spec["quiet"] else print_line,
+    )
+    return loop.run()
+
+
+def _report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
+    ray.train.report(
+        metrics,
+        ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
+        checkpoint_dir_name=f"checkpoint_{metrics['step']:09d}",
+    )

@@ -1,0 +1,8 @@
+"""The root of all errors that a user can mend."""
+
+
+class UserError(ValueError):
+    """Says what was wrong (the value), what is possible (the limit), and the mend.
+
+    Commands print it as one line and exit with status 2; anything else is a defect of ours.
+    """

@@ -1,0 +1,132 @@
+"""FID of anything that holds a generator: a run's best checkpoint, any checkpoint, a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from biggan.checkpoint import CheckpointInfo, restore_generator
+from biggan.data.dataset import Dataset
+from biggan.errors import UserError
+from biggan.latents import ClassSampler, Stream, rng, sample_z
+from biggan.layers import standing_statistics
+from biggan.metrics.extractors import load_extractor
+from biggan.metrics.fid import FID, Evaluator
+from biggan.models import find_model, load_card, load_generator
+from biggan.networks import Generator
+from biggan.parallel import Workers
+from biggan.runs import RunRecord, best_checkpoint
+from biggan.storage import Folder, StorageError, locate
+
+STANDING_BATCHES = 64
+STANDING_BATCH_SIZE = 256
+"""Batches, and images in each, that standing statistics are collected over."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint's averaged generator, with what is known of its making."""
+
+    G: Generator
+    record: RunRecord
+    checkpoint: Folder
+    info: CheckpointInfo
+
+
+def load_checkpoint(folder: Folder, device: torch.device) -> Candidate:
+    """Read a run's checkpoint; raises `StorageError` if it is not whole."""
+    record = RunRecord.read(folder.parent)
+    G = Generator(record.config.model, **record.dataset.shape).to(device)
+    info = restore_generator(folder, G)
+    G.class_names = list(record.dataset.classes)
+    return Candidate(G, record, folder, info)
+
+
+def collect_standing_statistics(
+    G: Generator, counts: Sequence[int], truncation: float | None = None
+) -> None:
+    """Replace G's batch-norm moments by their mean over many batches (appendix D of the paper).
+
+    Latents are truncated as those that will be sampled; classes are drawn in proportion to
+    `counts`, their images in the dataset. Deterministic.
+    """
+    draws = rng(0, Stream.STANDING_STATISTICS)
+    classes = ClassSampler(counts)
+    device = next(G.parameters()).device
+    with standing_statistics(G):
+        for _ in range(STANDING_BATCHES):
+            seeds = draws.integers(2**62, size=STANDING_BATCH_SIZE).tolist()
+            z = sample_z(seeds, G.z_dim, truncation)
+            G(z.to(device), classes.draw(draws, STANDING_BATCH_SIZE).to(device))
+
+
+def evaluate(
+    *,
+    run: str | None = None,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    dataset: str | None = None,
+    num_samples: int | None = None,
+    truncation: float | None = None,
+    extractor: str = "classifier",
+    root: str | None = None,
+) -> FID:
+    """FID of a run's best checkpoint, of one checkpoint (path or URI), or of a model.
+
+    Give exactly one of the three. `dataset` and `num_samples` are by default those of the run that
+    the generator comes from. A checkpoint's generator is measured as in training; a model's with
+    the standing statistics it was exported with. Raises `UserError`.
+    """
+    if [run, checkpoint, model].count(None) != 2:
+        raise UserError("give exactly one of run, checkpoint and model")
+    device = Workers.current().device
+    standing = 0
+    if model is not None:
+        card = load_card(find_model(model, root))
+        G = load_generator(model, root=root, device=device)
+        config, standing = card.hyperparameters, int(card.fid_protocol["standing_statistics"])
+    else:
+        folder = (
+            best_checkpoint(locate("runs", run, root))[0]
+            if run is not None
+            else locate("runs", str(checkpoint), root)
+        )
+        candidate = load_checkpoint(folder, device)
+        G, config = candidate.G, candidate.record.config
+    data = Dataset.open(dataset or config.dataset, root)
+    if data.info.shape != {
+        "resolution": G.resolution,
+        "channels": G.channels,
+        "n_classes": G.n_classes,
+    }:
+        raise StorageError(
+            f"dataset {data.folder.name} has {data.info.shape}, the generator"
+            f" {G.resolution} pixels, {G.channels} channels, {G.n_classes} classes"
+        )
+    return measure(
+        G,
+        data,
+        num_samples=num_samples or config.eval.num_samples,
+        extractor=extractor,
+        truncation=truncation,
+        standing=standing,
+    )
+
+
+def measure(
+    G: Generator,
+    dataset: Dataset,
+    *,
+    num_samples: int,
+    extractor: str = "classifier",
+    truncation: float | None = None,
+    standing: int = 0,
+) -> FID:
+    """FID of a generator, on the device that it is on, in this process."""
+    workers = Workers(0, 1, next(G.parameters()).device)
+    evaluator = Evaluator(dataset, load_extractor(extractor, dataset.folder, workers.device))
+    return evaluator.fid(
+        G, workers, num_samples=num_samples, truncation=truncation, standing_statistics=standing
+    )

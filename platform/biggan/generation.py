@@ -1,0 +1,106 @@
+"""Generating images in bulk with Ray Data: PNG files by class, or Parquet."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from biggan.cluster import connect, largest_node, quiet_ray_data
+from biggan.data.dataset import Progress, encode
+from biggan.models import find_model, load_generator
+from biggan.parallel import Workers
+from biggan.pixels import to_pil
+from biggan.storage import Folder
+
+Format = Literal["png", "parquet"]
+PART_IMAGES = 1024
+
+
+class _Part:
+    """Generates and writes one part; an actor keeps the model between parts."""
+
+    def __init__(
+        self, model: str, truncation: float | None, output: str, file_format: Format
+    ) -> None:
+        self.G = load_generator(model, device=Workers.current().device)
+        self.truncation = truncation
+        self.output = Folder(output)
+        self.write = self._write_png if file_format == "png" else self._write_parquet
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids, seeds = [int(i) for i in row["ids"]], [int(s) for s in row["seeds"]]
+        self.write(int(row["part"]), self.G.sample(ids, seeds, self.truncation), ids, seeds)
+        return {"images": len(ids)}
+
+    def _write_png(self, _part: int, images: np.ndarray, ids: list[int], seeds: list[int]) -> None:
+        for image, class_id, seed in zip(images, ids, seeds, strict=True):
+            file = io.BytesIO()
+            to_pil(image).save(file, "PNG")
+            name = re.sub(r"[^\w.-]", "_", self.G.class_names[class_id])
+            self.output.write_bytes(f"{class_id:04d}-{name}/{seed:08d}.png", file.getvalue())
+
+    def _write_parquet(
+        self, part: int, images: np.ndarray, ids: list[int], seeds: list[int]
+    ) -> None:
+        columns = {
+            "image": pa.array([encode(image) for image in images], pa.binary()),
+            "label": pa.array(ids, pa.int32()),
+            "class": [self.G.class_names[i] for i in ids],
+            "seed": pa.array(seeds, pa.int64()),
+        }
+        file = io.BytesIO()
+        pq.write_table(pa.table(columns), file)
+        self.output.write_bytes(f"part-{part:06d}.parquet", file.getvalue())
+
+
+def generate(
+    model: str,
+    output: str,
+    *,
+    class_ids: Sequence[int],
+    seed: int = 0,
+    truncation: float | None = 1.0,
+    file_format: Format = "png",
+    root: str | None = None,
+    progress: Progress = print,
+) -> int:
+    """Generate an image for each entry of `class_ids` into folder `output` (path or URI).
+
+    Image i has seed `seed + i`. PNG files go to `CLASS/SEED.png`; Parquet parts have columns
+    `image` (PNG bytes), `label`, `class` and `seed`. All GPUs of the cluster are used, or all its
+    CPU cores. Returns the number of images written. Raises `StorageError` if there is no such
+    model.
+    """
+    folder = find_model(model, root)
+    connect()
+    plan = [
+        {
+            "part": part,
+            "ids": list(class_ids[start : start + PART_IMAGES]),
+            "seeds": list(range(seed + start, seed + min(start + PART_IMAGES, len(class_ids)))),
+        }
+        for part, start in enumerate(range(0, len(class_ids), PART_IMAGES))
+    ]
+    quiet_ray_data()
+    on_gpu = largest_node().gpus > 0
+    parts = ray.data.from_items(plan, override_num_blocks=len(plan)).map(
+        _Part,  # type: ignore[arg-type]  # Ray makes actors of classes; its types know functions.
+        fn_constructor_args=(folder.uri, truncation, output, file_format),
+        concurrency=(1, len(plan)),
+        num_cpus=1,
+        num_gpus=1 if on_gpu else 0,
+    )
+    done, start = 0, time.monotonic()
+    for row in parts.iter_rows():
+        done += int(row["images"])
+        rate = done / (time.monotonic() - start)
+        progress(f"generated {done:,}/{len(class_ids):,} images, {rate:,.0f} images/s")
+    return done

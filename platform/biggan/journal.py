@@ -1,0 +1,141 @@
+"""How a run goes, told to people and files: progress lines, metrics, TensorBoard, sample sheets.
+
+Only the main worker keeps a journal. Losses are averaged between rows; a row is written every
+`ROW_EVERY_KIMG` and at every evaluation, so that an interrupted and an uninterrupted run write the
+same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from biggan.checkpoint import Standing
+from biggan.config import RunConfig
+from biggan.metrics.fid import FID
+from biggan.runs import METRICS, read_metrics
+from biggan.storage import Folder
+
+ROW_EVERY_KIMG = 1.0
+LINE_EVERY_SECONDS = 5.0
+
+
+class Journal:
+    """Writes into a run's folder, and prints.
+
+    Files on this machine are written at once. Object stores cannot append, so files for them
+    gather in a temporary folder that `flush` uploads.
+    """
+
+    def __init__(
+        self, config: RunConfig, run: Folder, step: int, say: Callable[[str], None] | None
+    ) -> None:
+        """Take up a run at `step`: rows that an interrupted attempt wrote beyond it are dropped."""
+        self.config = config
+        self.run = run
+        self._say = say or (lambda _line: None)
+        self._temporary = None if run.is_local else tempfile.TemporaryDirectory()
+        self._local = Path(self._temporary.name if self._temporary else run.path)
+        (self._local / "samples").mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_metrics(run) if row["step"] <= step]
+        kept = "".join(json.dumps(row) + "\n" for row in rows)
+        Folder(str(self._local)).write_bytes(METRICS, kept.encode())
+        self._metrics = (self._local / METRICS).open("a")
+        self._tensorboard = SummaryWriter(str(self._local), purge_step=step + 1)
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+        self._seconds = 0.0
+        self._line_time = self._start_time = time.monotonic()
+        self._start_step = step
+        what = f"resuming at {self._kimg(step):g}" if step else "starting a run of"
+        self._say(f"{run.name}: {what} {config.total_kimg:g} kimg on {config.dataset}")
+
+    def _kimg(self, step: int) -> float:
+        return step * self.config.step_images / 1000
+
+    def step(
+        self,
+        step: int,
+        losses: dict[str, float],
+        seconds: float,
+        fid: FID | None,
+        standing: Standing,
+    ) -> None:
+        """Note a step's losses and duration, and the FID if it was evaluated."""
+        self._seconds += seconds
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+        border = math.floor(self._kimg(step) / ROW_EVERY_KIMG)
+        if fid or border > math.floor(self._kimg(step - 1) / ROW_EVERY_KIMG):
+            self._row(step, fid)
+        if fid or time.monotonic() - self._line_time >= LINE_EVERY_SECONDS:
+            self._line(step, losses, standing)
+
+    def _row(self, step: int, fid: FID | None) -> None:
+        row: dict[str, Any] = {"step": step, "kimg": self._kimg(step), "time": time.time()}
+        row |= {name: total / self._steps for name, total in self._sums.items()}
+        images = self._steps * self.config.step_images
+        row["images_per_second"] = images / self._seconds
+        if fid:
+            row |= {"fid": fid.value, "fid_extractor": fid.extractor}
+        self._sums, self._steps, self._seconds = {}, 0, 0.0
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name not in ("step", "time", "fid_extractor"):
+                tag = f"fid/{fid.extractor}" if fid and name == "fid" else name
+                self._tensorboard.add_scalar(tag, value, step)
+
+    def _line(self, step: int, losses: dict[str, float], standing: Standing) -> None:
+        self._line_time = now = time.monotonic()
+        done = self._kimg(step) - self._kimg(self._start_step)
+        rate = done / max(now - self._start_time, 1e-9)  # Evaluations included: it is what remains.
+        left = timedelta(seconds=round(max(self.config.total_kimg - self._kimg(step), 0) / rate))
+        parts = [
+            f"{self._kimg(step):.1f}/{self.config.total_kimg:g} kimg",
+            f"{rate * 1000:.0f} img/s",
+            f"D {losses['loss_D']:.3f}",
+            f"G {losses['loss_G']:.3f}",
+        ]
+        if standing.fid is not None:
+            extractor = self.config.eval.extractor
+            parts.append(f"FID {standing.fid:.2f} (best {standing.best_fid:.2f}, {extractor})")
+        self._say("  ".join([*parts, f"{left} left"]))
+
+    def sample_sheet(self, image: Image.Image, step: int) -> None:
+        """Save a sample sheet as `samples/KIMG.png` and in TensorBoard."""
+        image.save(self._local / "samples" / f"{self._kimg(step):09.1f}kimg.png")
+        pixels = np.atleast_3d(np.asarray(image))
+        self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Make everything written so far safe in storage."""
+        self._tensorboard.flush()
+        if self._temporary:
+            self.run.upload(self._local)
+
+    def close(self, step: int, reason: str, standing: Standing) -> None:
+        """Say how the run ended, and release files."""
+        best = (
+            f"; best FID {standing.best_fid:.3f} ({self.config.eval.extractor}) at"
+            f" {standing.best_kimg:g} kimg"
+            if standing.best_fid is not None
+            else ""
+        )
+        self._say(f"{self.run.name}: {reason} at {self._kimg(step):g} kimg{best}")
+        self.flush()
+        self._metrics.close()
+        self._tensorboard.close()
+        if self._temporary:
+            self._temporary.cleanup()

@@ -1,0 +1,71 @@
+"""Adversarial objectives, and orthogonal regularization of weights.
+
+Logits are float tensors `[N]`; every loss is a mean over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AdversarialLoss:
+    """One objective: what D minimizes over (real, fake) logits and what G minimizes over fake."""
+
+    d: Callable[[Tensor, Tensor], Tensor]
+    g: Callable[[Tensor], Tensor]
+
+
+LOSSES = {
+    # Lim and Ye 2017; Tran et al. 2017. The paper's.
+    "hinge": AdversarialLoss(
+        d=lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+        g=lambda fake: -fake.mean(),
+    ),
+    # Goodfellow et al. 2014, section 3, with the non-saturating G. softplus(-x) = -log sigmoid(x).
+    "bce": AdversarialLoss(
+        d=lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
+        g=lambda fake: F.softplus(-fake).mean(),
+    ),
+}
+
+
+def orthogonal_penalty(weight: Tensor, variant: str) -> Tensor:
+    """The penalty that orthogonal regularization puts on one weight, before its strength.
+
+    With W the weight as `[out, -1]`: "modified" is ||W W^T * (1 - I)||_F^2 (eq. 3 of
+    arXiv 1809.11096), "full" is ||W W^T - I||_F^2 (Brock et al. 2016, arXiv 1609.07093).
+    """
+    return _off_orthogonal(weight.flatten(1), variant).square().sum()
+
+
+@torch.no_grad()
+def add_orthogonal_gradient(weights: Iterable[nn.Parameter], strength: float, variant: str) -> None:
+    """Add the exact gradient of strength * `orthogonal_penalty` to each weight's `.grad`.
+
+    In closed form: 4 * strength * E W, where E is the matrix that the penalty squares.
+    BigGAN-PyTorch has the factor 2 there: its strength means half of this one.
+    """
+    for weight in weights:
+        W = weight.flatten(1)
+        gradient = (_off_orthogonal(W, variant) @ W).view_as(weight)
+        assert weight.grad is not None, "regularization is added after the backward pass"
+        weight.grad.add_(gradient, alpha=4 * strength)
+
+
+def _off_orthogonal(W: Tensor, variant: str) -> Tensor:
+    gram = W @ W.T
+    if variant == "modified":
+        return gram - torch.diag(gram.diagonal())
+    return gram - torch.eye(len(gram), dtype=W.dtype, device=W.device)
+
+
+def regularized_weights(network: nn.Module) -> list[nn.Parameter]:
+    """Weights that orthogonal regularization acts on: all matrices but G's class embedding."""
+    excluded = {id(p) for name, p in network.named_parameters() if name == "shared.weight"}
+    return [p for p in network.parameters() if p.ndim >= 2 and id(p) not in excluded]

@@ -1,0 +1,193 @@
+"""The model store: generators exported from runs, versioned, and named by aliases.
+
+`models/NAME/VERSION/` holds `config.json` and `model.safetensors` (the Hugging Face convention),
+`card.json` (a `ModelCard`) and `samples.png`; there is no pickle on this path.
+`models/NAME/aliases.json` maps `best`, and others, to a version. `NAME@ALIAS` and `NAME@VERSION`
+name a model everywhere; `NAME` alone is `NAME@best`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load, save
+
+from biggan.config import ModelConfig, RunConfig
+from biggan.networks import Generator
+from biggan.pixels import sheet
+from biggan.storage import Folder, StorageError, locate
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CARD = "card.json"
+SAMPLES = "samples.png"
+ALIASES = "aliases.json"
+BEST = "best"
+
+
+class GeneratorConfig(BaseModel):
+    """What a model's `config.json` holds: all that is needed to build its generator."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str = "biggan"
+    model: ModelConfig
+    resolution: int
+    channels: int
+    class_names: list[str]
+
+
+class ModelCard(BaseModel):
+    """What a model's `card.json` holds: where it came from and how good it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    version: str
+    created: str
+    fid: float
+    fid_protocol: dict[str, Any]
+    """Extractor and its fingerprint, dataset fingerprint, sample count, truncation, and so on."""
+    dataset: str
+    dataset_fingerprint: str
+    run: str
+    checkpoint: str
+    checkpoint_sha256: str
+    step: int
+    kimg: float
+    hyperparameters: RunConfig
+    code: dict[str, str]
+    licence: str
+
+
+class ModelStore:
+    """All versions of one model, and the aliases that name some of them."""
+
+    def __init__(self, name: str, root: str | None = None) -> None:
+        """The store of model `name`, which need not exist yet."""
+        self.folder = locate("models", name, root)
+        self.name = self.folder.name
+
+    def versions(self) -> list[str]:
+        """Whole versions, oldest first."""
+        names = [name for name in self.folder.children() if re.fullmatch(r"v[0-9]+", name)]
+        whole = [name for name in names if (self.folder / name).exists(CARD)]
+        return sorted(whole, key=lambda name: int(name[1:]))
+
+    def aliases(self) -> dict[str, str]:
+        """Versions by alias."""
+        if not self.folder.exists(ALIASES):
+            return {}
+        aliases: dict[str, str] = self.folder.read_json(ALIASES)
+        return aliases
+
+    def set_alias(self, alias: str, version: str) -> None:
+        """Point an alias at a version, in one atomic step."""
+        if version not in self.versions():
+            raise StorageError(f"model {self.name} has no version {version}")
+        self.folder.write_json(ALIASES, self.aliases() | {alias: version})
+
+    def resolve(self, version: str) -> str:
+        """The version that a version or alias names; raises `StorageError` if there is none."""
+        versions = self.versions()
+        found = self.aliases().get(version, version)
+        if found not in versions:
+            known = ", ".join([*self.aliases(), *versions]) or "none: promote a run first"
+            raise StorageError(
+                f"model {self.name}@{version} is not in the store at {self.folder}; there is:"
+                f" {known}"
+            )
+        return found
+
+    def add(self, G: Generator, card: ModelCard, samples: np.ndarray, columns: int) -> Folder:
+        """Write a version, `card.version`, which comes into being whole or not at all."""
+        folder = self.folder / card.version
+        with folder.created_whole(marker=CARD) as draft:
+            draft.write_json(CONFIG, describe(G).model_dump(mode="json"))
+            draft.write_bytes(WEIGHTS, weights_of(G))
+            picture = io.BytesIO()
+            sheet(samples, columns).save(picture, "PNG")
+            draft.write_bytes(SAMPLES, picture.getvalue())
+            draft.write_json(CARD, card.model_dump(mode="json"))
+        return folder
+
+    def next_version(self) -> str:
+        """The name of the version that comes after the newest: v1, v2, ..."""
+        versions = self.versions()
+        return f"v{int(versions[-1][1:]) + 1 if versions else 1}"
+
+
+def load_card(folder: Folder) -> ModelCard:
+    """The card of a model version; raises `StorageError` if it is damaged."""
+    try:
+        return ModelCard.model_validate(folder.read_json(CARD))
+    except ValueError as error:
+        raise StorageError(f"{folder}/{CARD} is damaged: {error}") from None
+
+
+def describe(G: Generator) -> GeneratorConfig:
+    """What is needed to build a generator like `G`."""
+    return GeneratorConfig(
+        model=G.config,
+        resolution=G.resolution,
+        channels=G.channels,
+        class_names=G.class_names,
+    )
+
+
+def weights_of(G: Generator) -> bytes:
+    """G's state as the content of a safetensors file."""
+    state = {key: value.detach().cpu().contiguous() for key, value in G.state_dict().items()}
+    return save(state)
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """Name and version of a reference such as `digits@v3`; `digits` alone is `digits@best`."""
+    name, at, version = reference.rpartition("@")
+    return (name, version) if at and "/" not in version else (reference, BEST)
+
+
+def find_model(reference: str, root: str | None = None) -> Folder:
+    """The folder of a model version, by `NAME@VERSION`, `NAME@ALIAS`, `NAME`, path or URI.
+
+    Raises `StorageError` if there is none.
+    """
+    name, version = split_reference(reference)
+    folder = locate("models", name, root)
+    if folder.exists(CARD):  # A path that leads to one version.
+        return folder
+    return folder / ModelStore(name, root).resolve(version)
+
+
+def load_generator(
+    reference: str, *, root: str | None = None, device: torch.device | str = "cpu"
+) -> Generator:
+    """A generator from the model store, in evaluation mode.
+
+    `reference` is `NAME@ALIAS` (`digits@best`), `NAME@VERSION`, `NAME` (the best), or the path or
+    URI of a version's folder. ``G(z, class_ids)`` gives images in [-1, 1], `[N, C, H, W]`;
+    ``G.sample(class_ids, seed=0, truncation=0.5)`` gives uint8 `[N, H, W, C]`. Class names are in
+    ``G.class_names``. Raises `StorageError` if there is no such model or its files are damaged.
+    """
+    folder = find_model(reference, root)
+    try:
+        config = GeneratorConfig.model_validate(folder.read_json(CONFIG))
+    except ValueError as error:
+        raise StorageError(f"{folder}/{CONFIG} is damaged: {error}") from None
+    G = Generator(
+        config.model,
+        resolution=config.resolution,
+        channels=config.channels,
+        n_classes=len(config.class_names),
+    )
+    try:
+        G.load_state_dict(load(folder.read_bytes(WEIGHTS)))
+    except Exception as error:  # safetensors raises its own kind, torch RuntimeError.
+        raise StorageError(f"{folder}/{WEIGHTS} does not fit its {CONFIG}: {error}") from None
+    G.class_names = list(config.class_names)
+    return G.to(device).eval().requires_grad_(False)

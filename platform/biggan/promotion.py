@@ -1,0 +1,178 @@
+"""Promotion: from a run or a sweep, the best generator goes to the model store.
+
+`best` moves to the new version only if its FID is lower than that of the version it points to, and
+only FIDs of one protocol (dataset, extractor, sample count, ...) are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from biggan.config import RunConfig
+from biggan.data.dataset import Dataset
+from biggan.errors import UserError
+from biggan.evaluation import (
+    STANDING_BATCHES,
+    Candidate,
+    collect_standing_statistics,
+    load_checkpoint,
+    measure,
+)
+from biggan.models import BEST, ModelCard, ModelStore, load_card
+from biggan.networks import Generator
+from biggan.parallel import Workers
+from biggan.runs import RECORD, best_checkpoint, code_version
+from biggan.storage import Folder, StorageError, locate
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What came of a promotion."""
+
+    folder: Folder
+    """The model version that holds the generator."""
+    card: ModelCard
+    is_best: bool
+    """Whether `best` points to it now."""
+    reason: str
+    """Why `best` moved, or stayed where it was."""
+
+
+def promote(
+    *,
+    run: str | None = None,
+    sweep: str | None = None,
+    name: str | None = None,
+    force: bool = False,
+    licence: str = "not stated",
+    root: str | None = None,
+) -> Promotion:
+    """Export the generator with the lowest FID of a run or a sweep as a version of model `name`.
+
+    Its batch-norm moments are recomputed as standing statistics and its FID is measured again with
+    them. `name` is by default that of the dataset. With `force`, `best` points to the version
+    whatever its FID. A checkpoint that is in the store already is not exported twice. Raises
+    `StorageError` if there is no such run or sweep, or nothing in it was evaluated.
+    """
+    if (run is None) == (sweep is None):
+        raise UserError("give either run or sweep")
+    source = locate("runs", run, root) if run is not None else best_trial(str(sweep), root)
+    candidate = load_checkpoint(best_checkpoint(source)[0], Workers.current().device)
+    store = ModelStore(name or default_name(candidate.record.config), root)
+    card = _already_there(store, candidate) or _export(store, candidate, licence, root)
+    is_best, reason = _move_best(store, card, force)
+    return Promotion(store.folder / card.version, card, is_best, reason)
+
+
+def best_trial(sweep: str, root: str | None) -> Folder:
+    """The folder of a sweep's trial whose best checkpoint has the lowest FID."""
+    folder = locate("sweeps", sweep, root)
+    if not folder.exists():
+        raise StorageError(f"no sweep at {folder}")
+    scored = []
+    for trial in [folder / name for name in folder.children()]:
+        if trial.exists(RECORD):
+            try:
+                _, info = best_checkpoint(trial)
+            except StorageError:
+                continue  # A trial stopped before its first evaluation.
+            scored.append((info.fid, trial))
+    if not scored:
+        raise StorageError(f"sweep {folder} has no trial with an evaluated checkpoint yet")
+    return min(scored, key=lambda pair: pair[0] or 0.0)[1]
+
+
+def default_name(config: RunConfig) -> str:
+    """The model name that a dataset's name, path or URI suggests."""
+    return config.dataset.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def _already_there(store: ModelStore, candidate: Candidate) -> ModelCard | None:
+    """The card of the version that was exported from this very checkpoint."""
+    for version in store.versions():
+        card = load_card(store.folder / version)
+        if card.checkpoint_sha256 == candidate.info.state_sha256:
+            return card
+    return None
+
+
+def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | None) -> ModelCard:
+    record, info = candidate.record, candidate.info
+    dataset = Dataset.open(record.config.dataset, root)
+    collect_standing_statistics(candidate.G, dataset.info.counts)
+    fid = measure(
+        candidate.G,
+        dataset,
+        num_samples=record.config.eval.num_samples,
+        extractor=record.config.eval.extractor,
+        standing=STANDING_BATCHES,
+    )
+    run = candidate.checkpoint.parent
+    card = ModelCard(
+        name=store.name,
+        version=store.next_version(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fid=fid.value,
+        fid_protocol=fid.protocol,
+        dataset=record.config.dataset,
+        dataset_fingerprint=dataset.info.fingerprint,
+        run=f"{run.parent.name}/{run.name}",
+        checkpoint=candidate.checkpoint.name,
+        checkpoint_sha256=info.state_sha256,
+        step=info.step,
+        kimg=info.images_seen / 1000,
+        hyperparameters=record.config,
+        code=code_version(),
+        licence=licence,
+    )
+    samples, columns = class_columns(candidate.G)
+    store.add(candidate.G, card, samples, columns)
+    return card
+
+
+def class_columns(
+    G: Generator, rows: int = 10, max_columns: int = 10, truncation: float | None = 1.0
+) -> tuple[np.ndarray, int]:
+    """Samples for a sheet with a class a column, and the number of columns.
+
+    Every image has a seed of its own. With more than `max_columns` classes, evenly spread ones.
+    """
+    columns = min(max_columns, G.n_classes)
+    classes = [k * G.n_classes // columns for k in range(columns)]
+    return G.sample(classes * rows, seed=0, truncation=truncation), columns
+
+
+def _move_best(store: ModelStore, card: ModelCard, force: bool) -> tuple[bool, str]:
+    """Point `best` at a version if it deserves it; returns whether it points there, and why."""
+    current = store.aliases().get(BEST)
+    if current == card.version:
+        return True, f"it is {store.name}@{BEST} already"
+    if current is None:
+        reason = "the first version"
+    else:
+        best = load_card(store.folder / current)
+        comparable = best.fid_protocol == card.fid_protocol
+        if comparable and card.fid < best.fid:
+            reason = f"FID {card.fid:.3f} is lower than the {best.fid:.3f} of {current}"
+        elif force:
+            reason = "forced"
+        elif comparable:
+            return False, (
+                f"FID {card.fid:.3f} is not lower than the {best.fid:.3f} of {current};"
+                " --force moves it all the same"
+            )
+        else:
+            return False, (
+                f"its FID is not comparable with that of {current}"
+                f" ({_differences(best.fid_protocol, card.fid_protocol)}); --force moves it all"
+                " the same"
+            )
+    store.set_alias(BEST, card.version)
+    return True, reason
+
+
+def _differences(a: dict[str, object], b: dict[str, object]) -> str:
+    return ", ".join(f"{key}: {a.get(key)} and {b.get(key)}" for key in b if a.get(key) != b[key])

@@ -1,0 +1,149 @@
+"""A run's folder: what was run, how it went, and which checkpoint came out best.
+
+`runs/NAME/` (and each trial of a sweep) holds `config.json` (a `RunRecord`), `metrics.jsonl`,
+TensorBoard events, `samples/*.png` and `checkpoint_*/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from biggan.checkpoint import DESCRIPTION, CheckpointInfo
+from biggan.config import ConfigError, RunConfig
+from biggan.data.dataset import DatasetInfo
+from biggan.storage import Folder, StorageError
+
+RECORD = "config.json"
+METRICS = "metrics.jsonl"
+
+ADJUSTABLE = {"total_kimg", "eval.patience", "checkpoint.every_kimg", "checkpoint.keep"}
+"""Fields that may differ when a run is resumed, since they leave the steps taken as they were."""
+
+
+class RunRecord(BaseModel):
+    """What a run's `config.json` holds: all that is needed to know what was run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: RunConfig
+    dataset: DatasetInfo
+    """Description of the dataset, fingerprint included, without its list of rejects."""
+    code: dict[str, str]
+    packages: dict[str, str]
+    created: str
+
+    @classmethod
+    def make(cls, config: RunConfig, dataset: DatasetInfo) -> RunRecord:
+        """The record of a run that starts now."""
+        names = ("biggan-platform", "torch", "ray", "numpy", "pillow", "pyarrow")
+        return cls(
+            config=config,
+            dataset=dataset.model_copy(update={"rejected": []}),
+            code=code_version(),
+            packages={"python": platform.python_version()}
+            | {name: _version(name) for name in names},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    @classmethod
+    def read(cls, folder: Folder) -> RunRecord:
+        """Read a run's record; raises `StorageError` if there is no run."""
+        if not folder.exists(RECORD):
+            raise StorageError(f"no run at {folder}: it has no {RECORD}")
+        try:
+            return cls.model_validate(folder.read_json(RECORD))
+        except ValueError as error:
+            raise StorageError(f"{folder}/{RECORD} is damaged: {error}") from None
+
+
+def open_run(folder: Folder, config: RunConfig, dataset: DatasetInfo) -> RunConfig:
+    """Begin a run, or take up the one that is there; returns the configuration to run with.
+
+    Raises `ConfigError` if the run there was begun with another configuration or dataset: going on
+    would give a result that no configuration describes.
+    """
+    if not folder.exists(RECORD):
+        folder.write_json(RECORD, RunRecord.make(config, dataset).model_dump(mode="json"))
+        return config
+    record = RunRecord.read(folder)
+    if record.dataset.fingerprint != dataset.fingerprint:
+        raise ConfigError(
+            f"run {folder.name} was trained on other images than dataset {config.dataset} now"
+            " holds: use another --name, or the dataset it was begun with"
+        )
+    was, now = record.config.flatten(), config.flatten()
+    changed = [
+        f"{field} was {was[field]!r}, is {now[field]!r}"
+        for field in now
+        if was[field] != now[field] and field not in ADJUSTABLE
+    ]
+    if changed:
+        raise ConfigError(
+            f"run {folder.name} exists with another configuration ({'; '.join(changed)}):"
+            " use another --name, or repeat the command it was begun with to resume it"
+        )
+    if was != now:
+        updated = record.model_copy(update={"config": config})
+        folder.write_json(RECORD, updated.model_dump(mode="json"))
+    return config
+
+
+def checkpoints(folder: Folder) -> dict[str, CheckpointInfo]:
+    """A run's whole checkpoints by folder name, oldest first."""
+    names = [name for name in folder.children() if name.startswith("checkpoint_")]
+    whole = [name for name in names if (folder / name).exists(DESCRIPTION)]
+    infos = {name: CheckpointInfo.read(folder / name) for name in whole}
+    return dict(sorted(infos.items(), key=lambda item: item[1].step))
+
+
+def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
+    """A run's checkpoint with the lowest FID; raises `StorageError` if none was evaluated."""
+    evaluated = {name: info for name, info in checkpoints(folder).items() if info.fid is not None}
+    if not evaluated:
+        raise StorageError(
+            f"run {folder} has no checkpoint with an FID yet: let it train past its first"
+            " evaluation (eval.every_kimg)"
+        )
+    name = min(evaluated, key=lambda name: evaluated[name].fid or 0.0)
+    return folder / name, evaluated[name]
+
+
+def read_metrics(folder: Folder) -> list[dict[str, Any]]:
+    """A run's rows of metrics, oldest first; none if nothing was written yet."""
+    if not folder.exists(METRICS):
+        return []
+    return [json.loads(line) for line in folder.read_bytes(METRICS).splitlines()]
+
+
+def code_version() -> dict[str, str]:
+    """The package's version and, in a git checkout, its commit and a hash of what differs."""
+    version = {"version": _version("biggan-platform")}
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
+
+    try:
+        version["commit"] = git("rev-parse", "HEAD").decode().strip()
+        difference = git("diff", "HEAD", "--", ".")
+    except (OSError, subprocess.CalledProcessError):
+        return version  # Installed from a wheel, or shipped to a cluster without its history.
+    if difference:
+        version["diff_sha256"] = hashlib.sha256(difference).hexdigest()
+    return version
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,301 @@
+"""Searching hyper-parameters on Ray Tune, with trials stopped early on FID.
+
+Every trial is a run of its own, `sweeps/NAME/trial_NNNNN`, with all that a run's folder holds.
+Asynchronous successive halving (ASHA; Li et al. 2018, arXiv 1810.05934) stops a trial whose FID is
+not among the best at its age, counted in images seen so that batch sizes compete fairly.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
+
+from biggan.cluster import connect, largest_node
+from biggan.config import ConfigError, RunConfig
+from biggan.data.dataset import Dataset, DatasetInfo
+from biggan.distributed import Scaling, check_fit, ray_run_config, train_worker, worker_spec
+from biggan.loop import TrainingLoop
+from biggan.parallel import Workers
+from biggan.runs import open_run
+from biggan.storage import Folder, locate
+from biggan.trials import LiveTable, SweepResult, summarize, trial_folder
+
+Space = Mapping[str, Domain | str]
+"""What is searched: dotted field names, and what values each may take (see `parse_domain`)."""
+
+PLAN = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a sweep searches, and what each trial may use."""
+
+    num_trials: int = 16
+    """Configurations tried; the first is the one the sweep starts from."""
+    max_concurrent: int = 0
+    """Trials at a time; 0 is as many as the cluster has room for."""
+    workers_per_trial: int = 1
+    """One trains in the trial's own process; several form a Ray Train group each."""
+    cpus_per_worker: int = 1
+    """CPU cores a worker computes with."""
+    gpus_per_worker: float | None = None
+    """GPUs a worker takes; a fraction lets trials share one. If not said: 1 if there are any."""
+    grace_kimg: float = 0.0
+    """No trial is stopped younger than this; 0 is a ninth of the run's length."""
+    reduction_factor: int = 3
+    """At each of ASHA's rungs about one in this many trials goes on, to this many times the age."""
+    search_seed: int = 0
+    """Decides the configurations drawn."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_trials", 1),
+            ("max_concurrent", 0),
+            ("workers_per_trial", 1),
+            ("cpus_per_worker", 1),
+            ("grace_kimg", 0),
+            ("reduction_factor", 2),
+        ):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"{name} = {value}: must be {least} or more")
+        if self.workers_per_trial > 1 and self.gpus_per_worker not in (None, 0, 1):
+            raise ConfigError(
+                f"gpus_per_worker = {self.gpus_per_worker} with workers_per_trial ="
+                f" {self.workers_per_trial}: only one-worker trials can share a GPU; use 0 or 1"
+            )
+
+
+def default_space(config: RunConfig) -> dict[str, Domain]:
+    """Learning rates of G and D, batch size, and strength of orthogonal regularization.
+
+    Around the configuration's own values: rates from a fifth to five times, half to twice the
+    batch, and strengths from 1e-6 to 1e-2.
+    """
+    optim = config.optim
+    step = optim.accumulation
+    return {
+        "optim.lr_g": tune.loguniform(optim.lr_g / 5, optim.lr_g * 5),
+        "optim.lr_d": tune.loguniform(optim.lr_d / 5, optim.lr_d * 5),
+        "optim.batch_size": tune.choice(
+            [max(optim.batch_size // 2 // step, 1) * step, optim.batch_size, optim.batch_size * 2]
+        ),
+        "loss.ortho_g": tune.loguniform(1e-6, 1e-2),
+    }
+
+
+def parse_domain(text: str) -> Domain:
+    """A set of values from text.
+
+    The text is ``loguniform(1e-5, 1e-3)``, ``uniform(0, 1)``, ``randint(1, 5)`` (5 excluded) or
+    ``choice([32, 64, 128])``. Raises `ConfigError` for anything else.
+    """
+    makers: dict[str, Callable[..., Domain]] = {
+        "loguniform": tune.loguniform,
+        "uniform": tune.uniform,
+        "randint": tune.randint,
+        "choice": tune.choice,
+    }
+    try:
+        match ast.parse(text.strip(), mode="eval").body:
+            case ast.Call(func=ast.Name(id=maker), args=arguments, keywords=[]):
+                return makers[maker](*map(ast.literal_eval, arguments))
+            case _:
+                raise ValueError(text)
+    except Exception:
+        raise ConfigError(
+            f"search space {text!r}: write loguniform(1e-5, 1e-3), uniform(0, 1), randint(1, 5) or"
+            " choice([32, 64, 128])"
+        ) from None
+
+
+def sweep(
+    config: RunConfig,
+    name: str,
+    space: Space | None = None,
+    *,
+    search: Search | None = None,
+    root: str | None = None,
+) -> SweepResult:
+    """Search `space` around `config` as sweep `name`, or take up the sweep of that name.
+
+    `config` is what the fields outside the space are set to, and the first trial. Without a space,
+    `default_space` is searched. Finished trials of an interrupted sweep are kept, unfinished ones
+    resume from their checkpoints. Raises `ConfigError` for an unknown field, a value no run could
+    have, or a sweep of that name with another plan; `StorageError` if there is no such dataset.
+    """
+    search = search or Search()
+    # Every report of a trial carries an FID of its own, and every checkpoint one as well.
+    config = config.override({"checkpoint.every_kimg": config.eval.every_kimg})
+    domains = {
+        key: parse_domain(value) if isinstance(value, str) else value
+        for key, value in (space or default_space(config)).items()
+    }
+    dataset = locate("datasets", config.dataset, root)
+    info = DatasetInfo.read(dataset)
+    _check_space(config, domains, info, search)
+    folder = locate("sweeps", name, root)
+    _open_plan(folder, config, domains, search, info)
+    connect()
+    trial = _trial(config, dataset, info, folder, search)
+    if tune.Tuner.can_restore(folder.uri):
+        tuner = tune.Tuner.restore(folder.uri, trial, resume_errored=True, param_space=domains)
+    else:
+        tuner = _new_tuner(trial, config, domains, folder, search)
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # Trials write metrics of their own.
+    return summarize(folder, config, list(domains), tuner.fit())
+
+
+def _check_space(
+    config: RunConfig, domains: Mapping[str, Domain], info: DatasetInfo, search: Search
+) -> None:
+    """Raise `ConfigError` if a field is unknown, or the ends of its values make no valid run."""
+    for field_name, domain in domains.items():
+        for value in _ends(domain):
+            check_fit(config.override({field_name: value}), info, search.workers_per_trial)
+
+
+def _ends(domain: Domain) -> list[Any]:
+    if isinstance(domain, Categorical):
+        return list(domain.categories)
+    if isinstance(domain, Integer):
+        return [domain.lower, domain.upper - 1]
+    if isinstance(domain, Float):
+        return [domain.lower, domain.upper]
+    return [domain.sample()]
+
+
+def _text(domain: Domain) -> str:
+    if isinstance(domain, Float):
+        kind = "loguniform" if isinstance(domain.get_sampler(), LogUniform) else "uniform"
+    else:
+        kind = {Categorical: "choice", Integer: "randint"}.get(type(domain), type(domain).__name__)
+    return f"{kind}{domain.domain_str}"
+
+
+def _open_plan(
+    folder: Folder,
+    config: RunConfig,
+    domains: Mapping[str, Domain],
+    search: Search,
+    info: DatasetInfo,
+) -> None:
+    """Write down what the sweep is, or make sure that the one there is the same."""
+    plan = {
+        "config": config.model_dump(mode="json"),
+        "space": {name: _text(domain) for name, domain in domains.items()},
+        # How many trials run at a time is free to change when a sweep is taken up again.
+        "search": {k: v for k, v in asdict(search).items() if k != "max_concurrent"},
+        "dataset_fingerprint": info.fingerprint,
+    }
+    if not folder.exists(PLAN):
+        folder.write_json(PLAN, plan)
+        return
+    before = folder.read_json(PLAN)
+    changed = [key for key in plan if before.get(key) != plan[key]]
+    if changed:
+        raise ConfigError(
+            f"sweep {folder.name} exists with another {' and '.join(changed)}: use another --name,"
+            " or repeat the command it was begun with to take it up again"
+        )
+
+
+def _trial(
+    config: RunConfig, dataset: Folder, info: DatasetInfo, folder: Folder, search: Search
+) -> Any:
+    """The function that Tune runs for each set of values, with the resources it needs."""
+    gpus = search.gpus_per_worker
+    if gpus is None:
+        gpus = min(1, largest_node().gpus)
+
+    def in_process(values: dict[str, Any]) -> None:
+        run, trial_config = _begin_trial(config, info, folder, values)
+        latest = tune.get_checkpoint()
+        TrainingLoop(
+            trial_config,
+            Dataset.open(dataset.uri),
+            run,
+            Workers.current(),
+            _report,
+            resume_from=run / Path(latest.path).name if latest else None,
+            say=None,
+        ).run()
+
+    def in_group(values: dict[str, Any]) -> None:
+        run, trial_config = _begin_trial(config, info, folder, values)
+        scaling = Scaling(search.workers_per_trial, bool(gpus), search.cpus_per_worker)
+        TorchTrainer(
+            train_worker,  # type: ignore[arg-type]
+            train_loop_config=worker_spec(trial_config, dataset, run, quiet=True),
+            scaling_config=scaling.to_ray(),
+            run_config=ray_run_config(
+                trial_config, run, scaling.max_failures, callbacks=[TuneReportCallback()]
+            ),
+        ).fit()
+
+    if search.workers_per_trial > 1:
+        return tune.with_resources(in_group, {"cpu": 0})  # The group's workers take their own.
+    return tune.with_resources(in_process, {"cpu": search.cpus_per_worker, "gpu": gpus})
+
+
+def _begin_trial(
+    config: RunConfig, info: DatasetInfo, folder: Folder, values: dict[str, Any]
+) -> tuple[Folder, RunConfig]:
+    run = folder / trial_folder(tune.get_context().get_trial_id())
+    return run, open_run(run, config.override(values), info)
+
+
+def _report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
+    tune.report(
+        metrics, checkpoint=tune.Checkpoint.from_directory(checkpoint) if checkpoint else None
+    )
+
+
+def _new_tuner(
+    trial: Any, config: RunConfig, domains: Mapping[str, Domain], folder: Folder, search: Search
+) -> tune.Tuner:
+    start = {name: value for name, value in config.flatten().items() if name in domains}
+    length = config.total_kimg
+    scheduler = ASHAScheduler(
+        time_attr="kimg",
+        metric="fid",
+        mode="min",
+        max_t=length,  # type: ignore[arg-type]  # Fractions of a kimg are as good as whole ones.
+        grace_period=min(search.grace_kimg or length / 9, length),  # type: ignore[arg-type]
+        reduction_factor=search.reduction_factor,
+        stop_last_trials=False,  # A trial ends itself, and says how.
+    )
+    return tune.Tuner(
+        trial,
+        param_space=dict(domains),
+        tune_config=tune.TuneConfig(
+            num_samples=search.num_trials,
+            max_concurrent_trials=search.max_concurrent or None,
+            scheduler=scheduler,
+            search_alg=BasicVariantGenerator(
+                points_to_evaluate=[start], random_state=search.search_seed
+            ),
+            trial_dirname_creator=lambda t: trial_folder(t.trial_id),
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=folder.parent.uri,
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=config.checkpoint.keep,
+                checkpoint_score_attribute="checkpoint_fid",
+                checkpoint_score_order="min",
+            ),
+            callbacks=[LiveTable(list(domains), config, search.num_trials)],
+            verbose=0,
+        ),
+    )

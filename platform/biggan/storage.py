@@ -1,0 +1,208 @@
+"""Where everything lives: one storage root, a local path or any URI that `pyarrow.fs` reads.
+
+Under the root stand `datasets/NAME`, `runs/NAME`, `sweeps/NAME` and `models/NAME`. Whatever takes
+a name also takes a full path or URI. A file is written whole or not at all, so that a reader never
+sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+
+from biggan.errors import UserError
+
+DEFAULT_ROOT = "./storage"
+Kind = Literal["datasets", "runs", "sweeps", "models"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class StorageError(UserError):
+    """A name or place in storage that cannot be used, or does not hold what was asked for."""
+
+
+def storage_root(root: str | None = None) -> str:
+    """The storage root: `root` if given, else $BIGGAN_STORAGE, else ./storage; made absolute."""
+    root = root or os.environ.get("BIGGAN_STORAGE") or DEFAULT_ROOT
+    return root if "://" in root else str(Path(root).resolve())
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name something in storage; raises `StorageError` otherwise."""
+    if not _NAME.fullmatch(name):
+        raise StorageError(
+            f"name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or"
+            " digit (or give a full path or URI)"
+        )
+    return name
+
+
+def locate(kind: Kind, name: str, root: str | None = None) -> Folder:
+    """The folder of a dataset, run, sweep or model, by its name or by a full path or URI."""
+    if "://" in name:
+        return Folder(name.rstrip("/"))
+    if "/" in name or name in (".", ".."):
+        return Folder(str(Path(name).resolve()))
+    return Folder(storage_root(root)) / kind / check_name(name)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder in storage. `uri` is an absolute local path or a URI, query part included."""
+
+    uri: str
+
+    def __truediv__(self, child: str) -> Folder:
+        base, mark, query = self.uri.partition("?")
+        return Folder(f"{base.rstrip('/')}/{child}{mark}{query}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Folder:
+        """The folder that holds this one."""
+        base, mark, query = self.uri.partition("?")
+        return Folder(f"{base.rstrip('/').rsplit('/', 1)[0]}{mark}{query}")
+
+    @cached_property
+    def _resolved(self) -> tuple[fs.FileSystem, str]:
+        if "://" not in self.uri:
+            return fs.LocalFileSystem(), self.uri
+        try:
+            filesystem, path = fs.FileSystem.from_uri(self.uri)
+        except Exception as error:  # pyarrow raises several kinds, none of which names the URI.
+            scheme = urlsplit(self.uri).scheme
+            raise StorageError(
+                f"storage {self.uri!r} ({scheme}) is not readable: {error}"
+            ) from None
+        return filesystem, path
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        """The filesystem that holds the folder."""
+        return self._resolved[0]
+
+    @property
+    def path(self) -> str:
+        """The folder's path on its filesystem."""
+        return self._resolved[1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder is on this machine's own filesystem."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def exists(self, file: str = "") -> bool:
+        """Whether the folder, or a file or folder in it, exists."""
+        return bool(self._info(file).type != fs.FileType.NotFound)
+
+    def _info(self, file: str) -> fs.FileInfo:
+        return self.filesystem.get_file_info(f"{self.path}/{file}".rstrip("/"))
+
+    def children(self) -> list[str]:
+        """Names of the files and folders directly within, sorted; empty if there is no folder."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def read_bytes(self, file: str) -> bytes:
+        """A file's content; raises FileNotFoundError if there is none."""
+        with self.filesystem.open_input_stream(f"{self.path}/{file}", compression=None) as stream:
+            content: bytes = stream.read()
+            return content
+
+    def read_json(self, file: str) -> Any:
+        """A JSON file's content; raises `StorageError` naming the file if it is not JSON."""
+        content = self.read_bytes(file)
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise StorageError(f"{self}/{file} is damaged: {error}") from None
+
+    def write_bytes(self, file: str, content: bytes) -> None:
+        """Create or replace a file in one atomic step, making folders as needed."""
+        path = f"{self.path}/{file}"
+        self.filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        # Object stores show an object only once it is complete; a local file needs a rename.
+        target = f"{path}.{uuid.uuid4().hex}.tmp" if self.is_local else path
+        with self.filesystem.open_output_stream(target, compression=None) as stream:
+            stream.write(content)
+        if target != path:
+            Path(target).replace(path)
+
+    def write_json(self, file: str, content: Any) -> None:
+        """Create or replace a JSON file in one atomic step. NaN and infinities are refused."""
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(file, text.encode() + b"\n")
+
+    def delete(self) -> None:
+        """Delete the folder and all in it; nothing happens if there is none."""
+        if self.exists():
+            self.filesystem.delete_dir(self.path)
+
+    @contextmanager
+    def local_copy(self) -> Iterator[Path]:
+        """The folder as a local path: itself if it is local, else a temporary download."""
+        if self.is_local:
+            yield Path(self.path)
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            fs.copy_files(self.path, temporary, source_filesystem=self.filesystem)
+            yield Path(temporary)
+
+    def upload(self, local: Path) -> None:
+        """Copy a local folder's content into this one."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        fs.copy_files(str(local), self.path, destination_filesystem=self.filesystem)
+
+    @contextmanager
+    def created_whole(self, marker: str) -> Iterator[Folder]:
+        """Fill a new folder that comes into being whole or not at all.
+
+        Yields a folder with a temporary name beside this one. If the body succeeds it takes this
+        one's place; if it fails it is deleted. On a local disk that is one rename; on an object
+        store the file `marker`, whose presence means the folder is complete, is copied last.
+        """
+        draft = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.partial"
+        draft.filesystem.create_dir(draft.path, recursive=True)
+        try:
+            yield draft
+            if self.is_local:
+                old = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.old"
+                if self.exists():
+                    Path(self.path).rename(old.path)
+                Path(draft.path).rename(self.path)
+                shutil.rmtree(old.path, ignore_errors=True)
+            else:
+                self._replace_remotely(draft, marker)
+        finally:
+            draft.delete()
+
+    def _replace_remotely(self, draft: Folder, marker: str) -> None:
+        self.delete()
+        selector = fs.FileSelector(draft.path, recursive=True)
+        files = [
+            info.path
+            for info in draft.filesystem.get_file_info(selector)
+            if info.type == fs.FileType.File
+        ]
+        for file in sorted(files, key=lambda path: path.endswith(f"/{marker}")):
+            draft.filesystem.copy_file(file, self.path + file.removeprefix(draft.path))

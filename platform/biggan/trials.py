@@ -1,0 +1,251 @@
+"""What a sweep finds: a live table while it runs; tables, plots and the best configuration after.
+
+A finished sweep's folder holds `points.csv` and `points.parquet` (every FID that any trial
+reported, with the trial's values), `trials.csv`, `best.yaml` (a configuration that
+`jobs/train.py --config` takes), `fid_by_kimg.png` and `fid_by_parameter.png`.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from ray import tune
+from ray.tune.experiment import Trial
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from biggan.config import RunConfig
+from biggan.loop import WORST_FID
+from biggan.runs import read_metrics
+from biggan.storage import Folder
+
+STOPPED_EARLY = "stopped early by ASHA"
+
+
+def trial_folder(trial_id: str) -> str:
+    """The folder, within the sweep's, of the trial with Tune's id `trial_id`."""
+    return "trial_" + trial_id.rsplit("_", 1)[-1]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found."""
+
+    folder: Folder
+    trials: pd.DataFrame
+    """A row a trial, best first: its values, lowest FID, kimg spent, and why it stopped."""
+    points: pd.DataFrame
+    """A row for every FID reported: trial, its values, kimg and FID."""
+    best_config: RunConfig | None
+    """The configuration of the trial with the lowest FID; None if no trial has one."""
+    kimg_spent: float
+    """Thousand images trained on, over all trials."""
+    kimg_full: float
+    """What all trials together would have trained on without early stopping."""
+
+    @property
+    def saved(self) -> float:
+        """Part of the full grid's training that stopping early saved, from 0 to 1."""
+        return 1 - self.kimg_spent / self.kimg_full
+
+    def __str__(self) -> str:
+        saved = (
+            f"stopping early saved {self.saved:.0%} of the full grid's training"
+            f" ({self.kimg_spent:,.1f} of {self.kimg_full:,.1f} kimg spent)"
+        )
+        if self.best_config is None:
+            return f"no trial has an FID\n{saved}"
+        best = self.trials.iloc[0]
+        return f"best: {best['trial']} with FID {best['fid']:.3f}\n{saved}\nall in {self.folder}"
+
+
+class LiveTable(tune.Callback):
+    """Shows how all trials stand: in place on a terminal or in a notebook, else now and then."""
+
+    SECONDS_IN_PLACE = 1.0
+    SECONDS_IN_LOG = 30.0
+
+    def __init__(self, parameters: Sequence[str], config: RunConfig, num_trials: int) -> None:
+        self.parameters = list(parameters)
+        self.config = config
+        self.num_trials = num_trials
+        self._live: Live | None = None
+        self._shown = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps callbacks with a sweep's state; a terminal cannot be kept."""
+        return self.__dict__ | {"_live": None}
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:  # noqa: ARG002
+        """Refresh the table if it is time."""
+        console = Console()
+        in_place = console.is_terminal or console.is_jupyter
+        now = time.monotonic()
+        if now - self._shown < (self.SECONDS_IN_PLACE if in_place else self.SECONDS_IN_LOG):
+            return
+        self._shown = now
+        if not in_place:
+            console.print(self._table(trials))
+            return
+        if self._live is None:
+            self._live = Live(console=console, auto_refresh=False)
+            self._live.start()
+        self._live.update(self._table(trials), refresh=True)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:  # noqa: ARG002
+        """Leave the final table standing."""
+        if self._live:
+            self._live.update(self._table(trials), refresh=True)
+            self._live.stop()
+
+    def _table(self, trials: list[Trial]) -> Table:
+        done = sum(trial.is_finished() for trial in trials)
+        title = f"{done} of {self.num_trials} trials done; FID from {self.config.eval.extractor}"
+        rows = []
+        for trial in trials:
+            last = trial.last_result or {}
+            status = {"RUNNING": "running", "PENDING": "waiting", "ERROR": "failed"}.get(
+                trial.status, last.get("stop_reason") or STOPPED_EARLY
+            )
+            values = {name: trial.config.get(name) for name in self.parameters}
+            row = {"trial": trial_folder(trial.trial_id), **values, "kimg": last.get("kimg", 0.0)}
+            rows.append({**row, "fid": last.get("best_fid", WORST_FID), "status": status})
+        return render(pd.DataFrame(rows), title)
+
+
+def render(frame: pd.DataFrame, title: str) -> Table:
+    """A data frame as a table for the console."""
+    table = Table(title=title)
+    for column in frame.columns:
+        table.add_column(str(column), justify="left" if column in ("trial", "status") else "right")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_cell(value) for value in row))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value >= WORST_FID else f"{value:.4g}"
+    return str(value)
+
+
+def summarize(
+    folder: Folder, config: RunConfig, parameters: list[str], grid: tune.ResultGrid
+) -> SweepResult:
+    """Gather what the trials reported, and write tables, plots and the best configuration."""
+    points, trials = [], []
+    for result in (grid[i] for i in range(len(grid))):
+        metrics = result.metrics or {}
+        name = trial_folder(metrics["trial_id"]) if metrics else "never started"
+        values = {key: (result.config or {}).get(key) for key in parameters}
+        reported = [row for row in read_metrics(folder / name) if "fid" in row]
+        points += [
+            {"trial": name, **values, "kimg": row["kimg"], "fid": row["fid"]} for row in reported
+        ]
+        reason = metrics.get("stop_reason") or STOPPED_EARLY
+        trials.append(
+            {
+                "trial": name,
+                **values,
+                "fid": min((row["fid"] for row in reported), default=WORST_FID),
+                "kimg": metrics.get("kimg", 0.0),
+                "status": f"failed: {result.error}" if result.error else reason,
+            }
+        )
+    table = pd.DataFrame(trials).sort_values("fid", ignore_index=True)
+    found = len(table) > 0 and table["fid"][0] < WORST_FID
+    best = config.override({key: _plain(table[key][0]) for key in parameters}) if found else None
+    outcome = SweepResult(
+        folder=folder,
+        trials=table,
+        points=pd.DataFrame(points, columns=["trial", *parameters, "kimg", "fid"]),
+        best_config=best,
+        kimg_spent=float(table["kimg"].sum()),
+        kimg_full=len(table) * config.total_kimg,
+    )
+    _write(outcome, config, parameters)
+    return outcome
+
+
+def _plain(value: Any) -> Any:
+    """A value out of a data frame as Python's own type."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _write(outcome: SweepResult, config: RunConfig, parameters: list[str]) -> None:
+    folder = outcome.folder
+    folder.write_bytes("trials.csv", outcome.trials.to_csv(index=False).encode())
+    folder.write_bytes("points.csv", outcome.points.to_csv(index=False).encode())
+    parquet = io.BytesIO()
+    outcome.points.to_parquet(parquet, index=False)
+    folder.write_bytes("points.parquet", parquet.getvalue())
+    if outcome.best_config:
+        text = yaml.safe_dump(outcome.best_config.model_dump(mode="json"), sort_keys=False)
+        folder.write_bytes("best.yaml", text.encode())
+    label = f"FID ({config.eval.extractor} features)"
+    _save(plot_fid_by_kimg(outcome, label), folder, "fid_by_kimg.png")
+    _save(plot_fid_by_parameter(outcome, parameters, label), folder, "fid_by_parameter.png")
+
+
+def plot_fid_by_kimg(outcome: SweepResult, label: str) -> Figure:
+    """FID over thousand images, a line a trial, the best one on top; a cross where one stopped."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    order = outcome.trials["trial"].tolist()
+    for rank, name in reversed(list(enumerate(order))):
+        points = outcome.points[outcome.points["trial"] == name]
+        colour = "tab:red" if rank == 0 else "0.6"
+        axes.plot(points["kimg"], points["fid"], color=colour, lw=2 if rank == 0 else 1)
+        if len(points):
+            axes.plot(points["kimg"].iloc[-1], points["fid"].iloc[-1], "x", color=colour)
+    if order:
+        axes.plot([], [], color="tab:red", lw=2, label=f"best: {order[0]}")
+        axes.plot([], [], color="0.6", label="the others; x where each stopped")
+        axes.legend()
+    axes.set(xlabel="thousand real images seen", ylabel=label)
+    _log_if_wide(axes, "y", outcome.points["fid"])
+    return figure
+
+
+def plot_fid_by_parameter(outcome: SweepResult, parameters: list[str], label: str) -> Figure:
+    """The lowest FID of each trial against each searched parameter."""
+    figure = Figure(figsize=(4 * max(1, len(parameters)), 4), layout="constrained")
+    for axes, name in zip(
+        figure.subplots(1, max(1, len(parameters)), squeeze=False, sharey=True)[0],
+        parameters,
+        strict=False,
+    ):
+        scored = outcome.trials[outcome.trials["fid"] < WORST_FID]
+        numeric = pd.api.types.is_numeric_dtype(scored[name])
+        x = scored[name] if numeric else scored[name].astype(str)
+        shade = scored["kimg"]
+        dots = axes.scatter(x, scored["fid"], c=shade, cmap="viridis", vmin=0)
+        axes.set(xlabel=name)
+        if numeric:
+            _log_if_wide(axes, "x", scored[name])
+        _log_if_wide(axes, "y", scored["fid"])
+    figure.axes[0].set_ylabel(f"lowest {label}")
+    if len(outcome.trials):
+        figure.colorbar(dots, ax=figure.axes, label="thousand images trained")
+    return figure
+
+
+def _log_if_wide(axes: Any, which: str, values: pd.Series) -> None:
+    """A logarithmic axis for positive values that span more than a factor of 8."""
+    if len(values) and values.min() > 0 and values.max() / values.min() > 8:
+        axes.set(**{f"{which}scale": "log"})
+
+
+def _save(figure: Figure, folder: Folder, name: str) -> None:
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    folder.write_bytes(name, picture.getvalue())

@@ -1,0 +1,59 @@
+"""Serve a model on this machine or cluster: `python -m serving --model digits@best`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+from ray import serve
+
+from biggan.cluster import connect
+from biggan.commands import parse, run_command
+from biggan.models import find_model
+from biggan.storage import storage_root
+from serving.app import EndpointConfig, build
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model of the store over HTTP, until interrupted.
+
+    `best` is followed: promoting a new best changes what is served, without a dropped request.
+    """
+
+    endpoint: Annotated[EndpointConfig, tyro.conf.arg(name="")] = field(
+        default_factory=EndpointConfig
+    )
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """Port to listen on."""
+    detach: bool = False
+    """Return once the endpoint is up, and leave it running on the cluster."""
+
+
+def main() -> None:
+    """Serve what the command line describes."""
+    command = parse(Serve)
+    root = storage_root(command.endpoint.storage)
+    folder = find_model(command.endpoint.model, root)
+    connect()
+    serve.start(http_options={"host": command.host, "port": command.port})
+    # Replicas have working directories of their own: give them the root's full path.
+    config = command.endpoint.model_copy(update={"storage": root})
+    serve.run(build(config), name="biggan", route_prefix="/")
+    url = f"http://{command.host}:{command.port}"
+    print(f"serving {folder.parent.name}@{folder.name} at {url}; its API: {url}/docs")
+    print(
+        f"try: curl -s {url}/v1/generate -H 'Content-Type: application/json'"
+        """ -d '{"class": 0, "n": 16}' -o samples.png""",
+        flush=True,
+    )
+    while not command.detach:
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,119 @@
+"""Errors told to clients as `application/problem+json` (RFC 9457): field, value and limit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.schemas import MAX_BODY_BYTES, FieldProblem, Problem
+
+logger = logging.getLogger("ray.serve")
+
+
+class ProblemError(Exception):
+    """An error to be told to the client as it is."""
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: Sequence[FieldProblem] = (),
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.errors = status, detail, list(errors)
+        self.headers = headers or {}
+
+
+def problem_response(
+    status: int,
+    detail: str,
+    errors: Sequence[FieldProblem] = (),
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """The response that tells a problem."""
+    problem = Problem(
+        title=HTTPStatus(status).phrase, status=status, detail=detail, errors=list(errors)
+    )
+    # json escapes what is not ASCII, so that text which is no valid Unicode can be told back too.
+    content = json.dumps(problem.model_dump()).encode()
+    return Response(content, status, headers, media_type="application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of an application a problem response, and bound request bodies."""
+
+    @app.exception_handler(ProblemError)
+    async def on_problem(_request: Request, error: ProblemError) -> Response:
+        return problem_response(error.status, error.detail, error.errors, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_request: Request, error: RequestValidationError) -> Response:
+        found = [_field_problem(entry) for entry in error.errors()]
+        detail = "; ".join(f"{e.field} = {e.value!r}: {e.limit}" for e in found)
+        return problem_response(422, detail, found)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        return problem_response(error.status_code, str(error.detail), headers=headers)
+
+    @app.exception_handler(Exception)
+    async def on_defect(_request: Request, error: Exception) -> Response:
+        logger.exception("defect in the endpoint", exc_info=error)
+        return problem_response(500, "the endpoint failed; its log says why")
+
+    app.add_middleware(BodyLimit)
+
+
+def _field_problem(entry: dict[str, Any]) -> FieldProblem:
+    # The first part says where in the request (body); a union adds the alternative's name last.
+    names = [str(part) for part in entry["loc"][1:] if not str(part).startswith(("constr", "int"))]
+    return FieldProblem(
+        field=".".join(names) or str(entry["loc"][0]),
+        value=_presentable(entry.get("input")),
+        limit=entry["msg"],
+    )
+
+
+def _presentable(value: Any) -> Any:
+    """A client's value, short, and such that JSON can carry it."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+class BodyLimit:
+    """Refuses request bodies above `MAX_BODY_BYTES` without reading them whole."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self.app(scope, limited, send)

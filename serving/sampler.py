@@ -1,0 +1,167 @@
+"""The deployment that holds the model: samples in batches, and follows the store's aliases."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ray import serve
+
+from biggan.classes import UnknownClassError, class_id
+from biggan.latents import sample_z
+from biggan.models import ModelCard, find_model, load_card, load_generator
+from biggan.networks import Generator
+from biggan.parallel import Workers
+from biggan.pixels import to_uint8
+from serving.schemas import MAX_IMAGES
+
+logger = logging.getLogger("ray.serve")
+
+MAX_BATCH_IMAGES = 4 * MAX_IMAGES
+BATCH_WAIT_SECONDS = 0.002
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Images of one class, from consecutive seeds."""
+
+    class_: str | int
+    seed: int
+    n: int
+    truncation: float | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images, and what they were made with."""
+
+    images: np.ndarray
+    """uint8 `[n, H, W, C]`."""
+    model: str
+    class_id: int
+    class_name: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request cannot be served."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is to be known of the model that is served."""
+
+    card: ModelCard
+    resolution: int
+    channels: int
+    class_names: list[str]
+
+    @property
+    def name(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.card.name}@{self.card.version}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model version in memory."""
+
+    G: Generator
+    description: Description
+
+
+def _total(requests: list[SampleRequest]) -> int:
+    return sum(request.n for request in requests)
+
+
+@serve.deployment
+class Sampler:
+    """Generates images with the model that a reference such as `digits@best` names by now."""
+
+    def __init__(self, model: str, storage: str | None) -> None:
+        """Load the model, and watch for the reference to name another version."""
+        self.model, self.storage = model, storage
+        self.served = self._load()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._stop = threading.Event()
+        self._watcher.start()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stop"):
+            self._stop.set()
+
+    def _load(self) -> Served:
+        folder = find_model(self.model, self.storage)
+        G = load_generator(folder.uri, device=Workers.current().device)
+        G.sample([0], truncation=None)  # The first call is slow; better here than for a client.
+        return Served(G, Description(load_card(folder), G.resolution, G.channels, G.class_names))
+
+    def _watch(self) -> None:
+        """Swap in another version once the alias names one; requests in flight keep theirs."""
+        while not self._stop.wait(POLL_SECONDS):
+            try:
+                if (
+                    find_model(self.model, self.storage).name
+                    != self.served.description.card.version
+                ):
+                    self.served = self._load()
+                    logger.info("now serving %s", self.served.description.name)
+            except Exception:  # A store that cannot be read for a while must not end the service.
+                logger.exception(
+                    "cannot follow %s; still serving %s", self.model, self.served.description.name
+                )
+
+    async def sample(self, request: SampleRequest) -> Samples | Refusal:
+        """Generate images, together with what other requests ask for at the moment."""
+        return await self._batch(request)
+
+    @serve.batch(
+        max_batch_size=MAX_BATCH_IMAGES,
+        batch_wait_timeout_s=BATCH_WAIT_SECONDS,
+        batch_size_fn=_total,
+    )
+    async def _batch(self, requests: list[SampleRequest]) -> list[Samples | Refusal]:
+        return await asyncio.to_thread(self._generate, requests)
+
+    def _generate(self, requests: list[SampleRequest]) -> list[Samples | Refusal]:
+        served = self.served
+        resolved = [_resolve(request.class_, served.G.class_names) for request in requests]
+        fit = [(r, c) for r, c in zip(requests, resolved, strict=True) if isinstance(c, int)]
+        groups = iter(_images(served.G, fit))
+        return [
+            found
+            if isinstance(found, Refusal)
+            else Samples(next(groups), served.description.name, found, served.G.class_names[found])
+            for found in resolved
+        ]
+
+    def describe(self) -> Description:
+        """What is served by now."""
+        return self.served.description
+
+
+def _resolve(wanted: str | int, class_names: list[str]) -> int | Refusal:
+    try:
+        return class_id(wanted, class_names)
+    except UnknownClassError as error:
+        return Refusal(str(error))
+
+
+@torch.inference_mode()
+def _images(G: Generator, requests: list[tuple[SampleRequest, int]]) -> list[np.ndarray]:
+    """The images of several requests, made in one forward."""
+    if not requests:
+        return []
+    device = next(G.parameters()).device
+    latents = [sample_z(range(r.seed, r.seed + r.n), G.z_dim, r.truncation) for r, _ in requests]
+    ids = torch.cat([torch.full((r.n,), found) for r, found in requests])
+    images = to_uint8(G(torch.cat(latents).to(device), ids.to(device))).cpu()
+    parts = images.permute(0, 2, 3, 1).contiguous().split([r.n for r, _ in requests])
+    return [part.numpy() for part in parts]

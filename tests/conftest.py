@@ -1,0 +1,162 @@
+"""What tests share: one Ray cluster, and one storage root with the digits prepared in it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Ray reads these when it is imported.
+SESSIONS = Path(tempfile.mkdtemp(prefix="ray"))
+(SESSIONS / "token").write_text(secrets.token_hex(32))
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(SESSIONS / "token")
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+
+import pytest
+import ray
+
+from biggan.config import RunConfig
+from biggan.data.dataset import Dataset
+from biggan.data.preparation import Preparation, prepare
+from biggan.loop import KeepCheckpoints, TrainingLoop
+from biggan.parallel import CPU, Workers
+from biggan.promotion import promote
+from biggan.runs import open_run
+from biggan.storage import Folder, locate
+
+ROOT = Path(__file__).parents[1]
+
+TINY = {
+    "dataset": "digits",
+    "total_kimg": 0.512,
+    "model.ch_g": 2,
+    "model.ch_d": 2,
+    "model.z_dim": 12,
+    "model.shared_dim": 8,
+    "optim.batch_size": 32,
+    "optim.lr_g": 1e-3,
+    "optim.lr_d": 1e-3,
+    "ema.decay": 0.9,
+    "eval.every_kimg": 0.256,
+    "eval.num_samples": 64,
+    "checkpoint.every_kimg": 0.128,
+}
+"""A run of 16 steps that takes a second."""
+
+
+def tiny(**changes: object) -> RunConfig:
+    """The tiny configuration, changed: ``tiny(total_kimg=1, optim__lr_g=0.1)``."""
+    return RunConfig().override(TINY | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster on this machine, with token authentication."""
+
+    address: str
+    dashboard: str
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """`ray start --head` with token authentication, and this process connected to it.
+
+    Its four logical CPUs let tests schedule more than the machine has cores.
+    """
+    port, dashboard = free_port(), free_port()
+    options = f"""--head --block --num-cpus=4 --port={port} --node-ip-address=127.0.0.1
+        --include-dashboard=true --dashboard-port={dashboard} --temp-dir={SESSIONS}
+        --disable-usage-stats --object-store-memory=500000000"""
+    with (SESSIONS / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            [Path(sys.executable).with_name("ray"), "start", *options.split()],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"127.0.0.1:{port}"
+    for _ in range(60):
+        assert head.poll() is None, (SESSIONS / "head.log").read_text()
+        try:
+            ray.init(address=address, logging_level="WARNING", log_to_driver=False)
+            break
+        except ConnectionError:
+            time.sleep(1)
+    os.environ["RAY_ADDRESS"] = address  # For the commands that tests run.
+    yield Cluster(address, f"http://127.0.0.1:{dashboard}")
+    ray.shutdown()
+    os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory):
+    """The storage root of all tests; also where commands look by themselves."""
+    root = tmp_path_factory.mktemp("storage")
+    os.environ["BIGGAN_STORAGE"] = str(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits(cluster, storage):
+    """The digits, prepared."""
+    prepare(Preparation(source="digits", resolution=16, channels=1), "digits")
+    return Dataset.open("digits")
+
+
+def train_here(config: RunConfig, run: Folder, dataset: Dataset, stop_after: int = 0) -> str:
+    """Train in this process, resuming from the run's latest checkpoint; no Ray.
+
+    `stop_after` reports, the run breaks off as if it had been killed.
+    """
+    config = open_run(run, config, dataset.info)
+    keeper = KeepCheckpoints(run, config.checkpoint.keep)
+    reports = []
+
+    def report(metrics, folder):
+        keeper(metrics, folder)
+        reports.append(metrics)
+        if len(reports) == stop_after:
+            raise InterruptedError
+
+    alone = Workers(0, 1, CPU)
+    latest = keeper.latest()
+    return TrainingLoop(config, dataset, run, alone, report, resume_from=latest, say=None).run()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(digits):
+    """A finished tiny run."""
+    run = locate("runs", "tiny")
+    assert train_here(tiny(), run, digits) == "finished"
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_run):
+    """The tiny run's best generator in the store, as `tiny@best` = `tiny@v1`."""
+    return promote(run="tiny", name="tiny")
+
+
+def job(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command of jobs/ as a user would; asserts its exit status."""
+    name, *rest = arguments
+    done = subprocess.run(
+        [sys.executable, f"jobs/{name}.py", *rest], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done

@@ -1,0 +1,102 @@
+"""Workers together compute what one would alone: real processes, over gloo."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from biggan.config import ConfigError, RunConfig
+from biggan.data.batches import Batches
+from biggan.data.dataset import Dataset
+from biggan.layers import CrossReplicaBatchNorm2d
+from biggan.parallel import CPU, Workers
+from biggan.training import TrainStep, build
+
+
+def join(rank, size, rendezvous):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size)
+    return Workers.current(CPU)
+
+
+def normalize(rank, size, folder):
+    join(rank, size, folder / "rendezvous")
+    x, grad = torch.load(folder / "in.pt")
+    norm = CrossReplicaBatchNorm2d(x.shape[1], 1e-5)
+    part = x.chunk(size)[rank].clone().requires_grad_()
+    out = norm(part)
+    out.backward(grad.chunk(size)[rank])
+    torch.save((out.detach(), part.grad, norm.running_mean, norm.running_var), folder / f"{rank}")
+
+
+def test_batch_norm_over_workers_is_that_of_the_whole_batch(tmp_path):
+    torch.manual_seed(0)
+    # A mean far from 0 shows whether variances survive E[x^2] - E[x]^2.
+    x, grad = 30 + torch.randn(8, 5, 4, 4), torch.randn(8, 5, 4, 4)
+    torch.save((x, grad), tmp_path / "in.pt")
+    mp.spawn(normalize, (2, tmp_path), nprocs=2)
+    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    whole = CrossReplicaBatchNorm2d(5, 1e-5)
+    x.requires_grad_()
+    out = whole(x)
+    out.backward(grad)
+    assert torch.allclose(torch.cat([p[0] for p in parts]), out, atol=1e-5)
+    assert torch.allclose(torch.cat([p[1] for p in parts]), x.grad, atol=1e-5)
+    for _, _, mean, var in parts:
+        assert torch.allclose(mean, whole.running_mean, rtol=1e-5)
+        assert torch.allclose(var, whole.running_var, rtol=1e-5)
+
+
+# Without attention: while its gamma is near 0, the biases before it have gradients that are mostly
+# rounding, and Adam takes steps of a twentieth of the learning rate in whatever direction that is.
+CONFIG = RunConfig().override(
+    {
+        "model.ch_g": 4,
+        "model.ch_d": 4,
+        "model.z_dim": 30,
+        "optim.batch_size": 64,
+        "optim.num_D_steps": 2,
+        "optim.accumulation": 2,
+        "loss.ortho_g": 1e-3,
+        "loss.ortho_d": 1e-3,
+        "data.flip": True,
+        "ema.decay": 0.9,
+    }
+)
+
+
+def train(workers, dataset, steps=5):
+    state = build(CONFIG, **dataset.info.shape, device=CPU)
+    batches = Batches(CONFIG, dataset, workers)
+    step = TrainStep(CONFIG, state, workers.wrap)
+    for _ in range(steps):
+        step(batches.inputs(state.step))
+    return {name: getattr(state, name).state_dict() for name in ("G", "D", "G_ema")}
+
+
+def train_part(rank, size, folder, dataset):
+    workers = join(rank, size, folder / "rendezvous")
+    weights = train(workers, Dataset.open(dataset))
+    torch.save(weights, folder / f"{rank}.pt")
+
+
+def test_two_workers_follow_one(tmp_path, digits):
+    mp.spawn(train_part, (2, tmp_path, digits.folder.uri), nprocs=2)
+    alone = train(Workers(0, 1, CPU), digits)
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pt")
+        for name, weights in alone.items():
+            for key, expected in weights.items():
+                difference = (together[name][key] - expected).norm() / expected.norm()
+                assert difference < 1e-4, f"{name}.{key} on rank {rank}"
+
+
+def test_shares_cover_everything_once():
+    for size in (1, 2, 3, 7):
+        shares = [list(range(20))[Workers(rank, size, CPU).share(20)] for rank in range(size)]
+        assert [i for share in shares for i in share] == list(range(20))
+
+
+def test_a_batch_that_does_not_divide(digits):
+    with pytest.raises(ConfigError, match=r"64: does not divide among 3 workers x 2.*try 66"):
+        Batches(CONFIG, digits, Workers(0, 3, CPU))
