@@ -36,8 +36,8 @@ class Generate:
     """Classes by name or id; by default all."""
     seed: int = 0
     """Image i has seed SEED + i."""
-    truncation: float | None = 1.0
-    """Keep latents in [-t, t]: smaller is more typical, less varied; None is no truncation."""
+    truncation: float | None = None
+    """Keep latents in [-t, t]: smaller is more typical, less varied; by default not at all."""
     format: Literal["png", "parquet"] = "png"
     """What a folder is filled with."""
     storage: str | None = None

@@ -40,7 +40,10 @@ def main() -> None:
     root = storage_root(command.endpoint.storage)
     folder = find_model(command.endpoint.model, root)
     connect()
-    serve.start(http_options={"host": command.host, "port": command.port})
+    serve.start(
+        http_options={"host": command.host, "port": command.port},
+        logging_config={"log_level": "WARNING"},
+    )
     # Replicas have working directories of their own: give them the root's full path.
     config = command.endpoint.model_copy(update={"storage": root})
     serve.run(build(config), name="biggan", route_prefix="/")

@@ -4,8 +4,8 @@
 `python -m serving` all build it from an `EndpointConfig`.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: Serve wraps the routes, after which FastAPI could not
+# resolve annotations that are text.
 import asyncio
 import secrets
 from typing import Annotated, Any

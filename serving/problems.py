@@ -58,7 +58,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_request: Request, error: RequestValidationError) -> Response:
-        found = [_field_problem(entry) for entry in error.errors()]
+        found = _field_problems(error.errors())
         detail = "; ".join(f"{e.field} = {e.value!r}: {e.limit}" for e in found)
         return problem_response(422, detail, found)
 
@@ -75,14 +75,22 @@ def install(app: FastAPI) -> None:
     app.add_middleware(BodyLimit)
 
 
-def _field_problem(entry: dict[str, Any]) -> FieldProblem:
-    # The first part says where in the request (body); a union adds the alternative's name last.
-    names = [str(part) for part in entry["loc"][1:] if not str(part).startswith(("constr", "int"))]
-    return FieldProblem(
-        field=".".join(names) or str(entry["loc"][0]),
-        value=_presentable(entry.get("input")),
-        limit=entry["msg"],
-    )
+def _field_problems(entries: Sequence[dict[str, Any]]) -> list[FieldProblem]:
+    """What is wrong, field by field; a field of several types has one entry for all of them."""
+    found: dict[str, FieldProblem] = {}
+    for entry in entries:
+        if entry["type"] == "json_invalid":
+            limit = f"must be JSON: {entry['ctx']['error']} at position {entry['loc'][-1]}"
+            return [FieldProblem(field="body", value=None, limit=limit)]
+        # The first part says where in the request, a type's name may come last.
+        field = str(entry["loc"][1] if len(entry["loc"]) > 1 else entry["loc"][0])
+        limit = "no such field; see /docs" if entry["type"] == "extra_forbidden" else entry["msg"]
+        if field in found:
+            limit = f"{found[field].limit}, or {limit[0].lower()}{limit[1:]}"
+        found[field] = FieldProblem(
+            field=field, value=_presentable(entry.get("input")), limit=limit
+        )
+    return list(found.values())
 
 
 def _presentable(value: Any) -> Any:

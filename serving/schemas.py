@@ -36,9 +36,9 @@ class GenerateRequest(BaseModel):
     )
     truncation: Annotated[float, Field(strict=True, gt=0, le=100, allow_inf_nan=False)] | None = (
         Field(
-            1.0,
-            description="Keeps latents in [-t, t]: smaller is more typical and less varied."
-            " null is no truncation.",
+            None,
+            description="Keeps latents in [-t, t]: smaller is more typical and less varied. By"
+            " default they are not truncated.",
         )
     )
     format: ImageFormat = Field(

@@ -15,6 +15,7 @@ neither torch nor Ray:
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from biggan.models import load_generator as load_generator
     from biggan.promotion import promote as promote
     from biggan.search import sweep as sweep
+
+# Ray reads these when it is imported. Its colours and "repeated 3x across cluster" summaries would
+# garble progress lines, and its way of catching prints would show each of them twice.
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 _HOMES = {
     "train": "biggan.distributed",

@@ -65,12 +65,12 @@ class Client:
         n: int = 1,
         *,
         seed: int | None = None,
-        truncation: float | None = 1.0,
+        truncation: float | None = None,
     ) -> list[GeneratedImage]:
         """`n` images of a class given by name (text) or id (int).
 
-        Image i has seed `seed + i`; without a seed a random one is drawn. A smaller `truncation`
-        gives more typical, less varied images; None is no truncation. Raises `EndpointError` if
+        Image i has seed `seed + i`; without a seed a random one is drawn. `truncation` t
+        keeps latents in [-t, t], for more typical and less varied images. Raises `EndpointError` if
         the endpoint refuses, `requests.ConnectionError` if it cannot be reached.
         """
         body = {
@@ -99,7 +99,7 @@ class Client:
         n: int = 1,
         *,
         seed: int | None = None,
-        truncation: float | None = 1.0,
+        truncation: float | None = None,
     ) -> np.ndarray:
         """The same images as `generate` gives, as uint8 `[n, H, W, C]`."""
         made = self.generate(class_, n, seed=seed, truncation=truncation)

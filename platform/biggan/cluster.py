@@ -21,11 +21,6 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    # Ray's colours and "repeated 3x across cluster" summaries would garble progress lines, and its
-    # own way of catching prints would show each of them twice.
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # It warns that authentication is on, which it should be.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": logging.WARNING}

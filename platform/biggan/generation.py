@@ -67,7 +67,7 @@ def generate(
     *,
     class_ids: Sequence[int],
     seed: int = 0,
-    truncation: float | None = 1.0,
+    truncation: float | None = None,
     file_format: Format = "png",
     root: str | None = None,
     progress: Progress = print,

@@ -196,7 +196,7 @@ class Generator(nn.Module):
         last_attention = max(map(int, self.attention), default=-1)
         for k, block in enumerate(self.blocks):
             assert isinstance(block, GBlock)
-            idle = [block.conv1]
+            idle: list[SNConv2d] = [block.conv1]
             if k > last_attention:
                 idle += [block.conv2, block.conv_sc]
             for conv in idle:
@@ -234,7 +234,7 @@ class Generator(nn.Module):
         self,
         class_ids: int | Sequence[int],
         seed: int | Sequence[int] = 0,
-        truncation: float | None = 1.0,
+        truncation: float | None = None,
         batch_size: int = 256,
     ) -> np.ndarray:
         """Images of the given classes: uint8 `[N, resolution, resolution, channels]`.

@@ -18,7 +18,7 @@ def digits() -> RunConfig:
     Hardware: 2 CPU cores, about 5 minutes. Reached: `benchmarks/README.md`.
     """
     return laptop().override(
-        {"dataset": "digits", "total_kimg": 80, "eval.every_kimg": 10, "eval.num_samples": 2000}
+        {"dataset": "digits", "total_kimg": 70, "eval.every_kimg": 10, "eval.num_samples": 2000}
     )
 
 

@@ -134,7 +134,7 @@ def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | N
 
 
 def class_columns(
-    G: Generator, rows: int = 10, max_columns: int = 10, truncation: float | None = 1.0
+    G: Generator, rows: int = 10, max_columns: int = 10, truncation: float | None = None
 ) -> tuple[np.ndarray, int]:
     """Samples for a sheet with a class a column, and the number of columns.
 

@@ -8,6 +8,7 @@ not among the best at its age, counted in images seen so that batch sizes compet
 from __future__ import annotations
 
 import ast
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -147,13 +148,20 @@ def sweep(
     folder = locate("sweeps", name, root)
     _open_plan(folder, config, domains, search, info)
     connect()
+    _quiet_tune()
     trial = _trial(config, dataset, info, folder, search)
     if tune.Tuner.can_restore(folder.uri):
         tuner = tune.Tuner.restore(folder.uri, trial, resume_errored=True, param_space=domains)
     else:
         tuner = _new_tuner(trial, config, domains, folder, search)
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # Trials write metrics of their own.
     return summarize(folder, config, list(domains), tuner.fit())
+
+
+def _quiet_tune() -> None:
+    """Trials keep their own metrics: no further loggers, and no complaint that there are none."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 
 def _check_space(
@@ -251,6 +259,7 @@ def _trial(
 def _begin_trial(
     config: RunConfig, info: DatasetInfo, folder: Folder, values: dict[str, Any]
 ) -> tuple[Folder, RunConfig]:
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # It announces every checkpoint.
     run = folder / trial_folder(tune.get_context().get_trial_id())
     return run, open_run(run, config.override(values), info)
 

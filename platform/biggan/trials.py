@@ -17,8 +17,10 @@ import pandas as pd
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from ray import tune
 from ray.tune.experiment import Trial
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -28,7 +30,8 @@ from biggan.loop import WORST_FID
 from biggan.runs import read_metrics
 from biggan.storage import Folder
 
-STOPPED_EARLY = "stopped early by ASHA"
+STOPPED_EARLY = "stopped early"
+NAMED_IN_PLOT = 8
 
 
 def trial_folder(trial_id: str) -> str:
@@ -123,10 +126,11 @@ class LiveTable(tune.Callback):
 
 
 def render(frame: pd.DataFrame, title: str) -> Table:
-    """A data frame as a table for the console."""
-    table = Table(title=title)
+    """A data frame as a table for the console; fields go by the last part of their name."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in frame.columns:
-        table.add_column(str(column), justify="left" if column in ("trial", "status") else "right")
+        text = column in ("trial", "status")
+        table.add_column(column.split(".")[-1], justify="left" if text else "right", no_wrap=True)
     for row in frame.itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
     return table
@@ -134,8 +138,9 @@ def render(frame: pd.DataFrame, title: str) -> Table:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return "-" if value >= WORST_FID else f"{value:.4g}"
-    return str(value)
+        digits = 4 if value >= 1 else 3
+        return "-" if value >= WORST_FID else f"{value:.{digits}g}"
+    return str(value).removeprefix("trial_")
 
 
 def summarize(
@@ -197,20 +202,25 @@ def _write(outcome: SweepResult, config: RunConfig, parameters: list[str]) -> No
 
 
 def plot_fid_by_kimg(outcome: SweepResult, label: str) -> Figure:
-    """FID over thousand images, a line a trial, the best one on top; a cross where one stopped."""
+    """FID over thousand images, a line a trial; the best trials have names, the others are grey."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    order = outcome.trials["trial"].tolist()
-    for rank, name in reversed(list(enumerate(order))):
+    order = [name for name in outcome.trials["trial"] if name in set(outcome.points["trial"])]
+    for rank, name in enumerate(order):
         points = outcome.points[outcome.points["trial"] == name]
-        colour = "tab:red" if rank == 0 else "0.6"
-        axes.plot(points["kimg"], points["fid"], color=colour, lw=2 if rank == 0 else 1)
-        if len(points):
-            axes.plot(points["kimg"].iloc[-1], points["fid"].iloc[-1], "x", color=colour)
+        named = rank < NAMED_IN_PLOT
+        axes.plot(
+            points["kimg"],
+            points["fid"],
+            color=f"C{rank}" if named else "0.8",
+            lw=2.5 if rank == 0 else 1.2,
+            marker="x",
+            markevery=[len(points) - 1],
+            label=f"{name}, the best" if rank == 0 else name if named else None,
+            zorder=3 if rank == 0 else 2 if named else 1,
+        )
     if order:
-        axes.plot([], [], color="tab:red", lw=2, label=f"best: {order[0]}")
-        axes.plot([], [], color="0.6", label="the others; x where each stopped")
-        axes.legend()
+        axes.legend(title="x: where a trial stopped")
     axes.set(xlabel="thousand real images seen", ylabel=label)
     _log_if_wide(axes, "y", outcome.points["fid"])
     return figure
@@ -243,6 +253,11 @@ def _log_if_wide(axes: Any, which: str, values: pd.Series) -> None:
     """A logarithmic axis for positive values that span more than a factor of 8."""
     if len(values) and values.min() > 0 and values.max() / values.min() > 8:
         axes.set(**{f"{which}scale": "log"})
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        few = values.max() / values.min() < 100
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _save(figure: Figure, folder: Folder, name: str) -> None:
