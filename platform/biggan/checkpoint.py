@@ -40,6 +40,8 @@ class Standing(BaseModel):
     evaluations_since_best: int = 0
     seconds: float = 0.0
     """Time spent training and evaluating, over all interruptions."""
+    window: dict[str, float] = {}
+    """Losses summed since the last row of metrics, and `steps` and `seconds` in them."""
 
 
 class CheckpointInfo(BaseModel):
@@ -102,8 +104,13 @@ def restore(folder: Folder, state: TrainState) -> Standing:
     """Bring `state` to where a checkpoint left off; raises `StorageError` if it is damaged."""
     info = CheckpointInfo.read(folder)
     content = _read_state(folder, info)
-    for name in ("G", "D", "G_ema", "optim_G", "optim_D"):
+    for name in ("G", "D", "G_ema"):
         getattr(state, name).load_state_dict(content[name])
+    for name in ("optim_G", "optim_D"):
+        optimizer: torch.optim.Optimizer = getattr(state, name)
+        # Moments are the checkpoint's; learning rates and the like are the configuration's.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": content[name]["state"], "param_groups": groups})
     state.step, state.images_seen = info.step, info.images_seen
     return info.standing
 

@@ -1,8 +1,8 @@
 """How a run goes, told to people and files: progress lines, metrics, TensorBoard, sample sheets.
 
-Only the main worker keeps a journal. Losses are averaged between rows; a row is written every
-`ROW_EVERY_KIMG` and at every evaluation, so that an interrupted and an uninterrupted run write the
-same rows.
+Only the main worker keeps a journal. A row is written every `ROW_EVERY_KIMG` and at every
+evaluation, with losses averaged since the row before; their sums are part of a checkpoint, so that
+an interrupted run writes the rows of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -52,9 +52,6 @@ class Journal:
         Folder(str(self._local)).write_bytes(METRICS, kept.encode())
         self._metrics = (self._local / METRICS).open("a")
         self._tensorboard = SummaryWriter(str(self._local), purge_step=step + 1)
-        self._sums: dict[str, float] = {}
-        self._steps = 0
-        self._seconds = 0.0
         self._line_time = self._start_time = time.monotonic()
         self._start_step = step
         what = f"resuming at {self._kimg(step):g}" if step else "starting a run of"
@@ -72,24 +69,23 @@ class Journal:
         standing: Standing,
     ) -> None:
         """Note a step's losses and duration, and the FID if it was evaluated."""
-        self._seconds += seconds
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
+        window = standing.window
+        for name, value in {**losses, "steps": 1, "seconds": seconds}.items():
+            window[name] = window.get(name, 0.0) + value
         border = math.floor(self._kimg(step) / ROW_EVERY_KIMG)
         if fid or border > math.floor(self._kimg(step - 1) / ROW_EVERY_KIMG):
-            self._row(step, fid)
+            self._row(step, fid, window)
+            window.clear()
         if fid or time.monotonic() - self._line_time >= LINE_EVERY_SECONDS:
             self._line(step, losses, standing)
 
-    def _row(self, step: int, fid: FID | None) -> None:
+    def _row(self, step: int, fid: FID | None, window: dict[str, float]) -> None:
+        steps = window["steps"]
         row: dict[str, Any] = {"step": step, "kimg": self._kimg(step), "time": time.time()}
-        row |= {name: total / self._steps for name, total in self._sums.items()}
-        images = self._steps * self.config.step_images
-        row["images_per_second"] = images / self._seconds
+        row |= {k: v / steps for k, v in window.items() if k not in ("steps", "seconds")}
+        row["images_per_second"] = steps * self.config.step_images / window["seconds"]
         if fid:
             row |= {"fid": fid.value, "fid_extractor": fid.extractor}
-        self._sums, self._steps, self._seconds = {}, 0, 0.0
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         for name, value in row.items():

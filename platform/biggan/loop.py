@@ -177,7 +177,7 @@ class TrainingLoop:
 
     def _check_weights(self) -> None:
         for name, network in (("G", self.state.G), ("D", self.state.D)):
-            if weight := _non_finite_weight(network):
+            if weight := non_finite_weight(network):
                 raise DivergedError(f"{name}.{weight} is not finite at step {self.state.step}")
 
     def _checkpoint(self, fid: FID | None) -> None:
@@ -211,7 +211,7 @@ class TrainingLoop:
         }
 
 
-def _non_finite_weight(network: nn.Module) -> str | None:
+def non_finite_weight(network: nn.Module) -> str | None:
     """Name of the first weight with an infinity or NaN in it."""
     parameters = dict(network.named_parameters())
     norms = torch._foreach_norm(list(parameters.values()))

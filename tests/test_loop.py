@@ -1,0 +1,160 @@
+"""The loop: what it writes, when it stops, and that a resumed run is the uninterrupted one."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import tiny, train_here
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from biggan.checkpoint import STATE, Standing
+from biggan.config import ConfigError
+from biggan.loop import WORST_FID, TrainingLoop, non_finite_weight
+from biggan.parallel import CPU, Workers
+from biggan.runs import RunRecord, best_checkpoint, checkpoints, open_run, read_metrics
+from biggan.storage import Folder, StorageError
+from biggan.training import build
+
+
+def last_state(run):
+    name = list(checkpoints(run))[-1]
+    return torch.load(f"{run.path}/{name}/{STATE}", weights_only=True)
+
+
+def assert_equal(a, b, where=""):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(digits, tiny_run, tmp_path):
+    run = Folder(str(tmp_path / "tiny"))
+    for reports in (1, 2):  # Broken off twice, at different places.
+        with pytest.raises(InterruptedError):
+            train_here(tiny(), run, digits, stop_after=reports)
+    assert train_here(tiny(), run, digits) == "finished"
+    assert_equal(last_state(run), last_state(tiny_run))
+    keys = ("step", "kimg", "loss_D", "loss_G", "fid")
+    rows, undisturbed = (
+        [{k: row[k] for k in keys if k in row} for row in read_metrics(r)] for r in (run, tiny_run)
+    )
+    assert rows == undisturbed
+
+
+def test_what_a_run_leaves_behind(tiny_run):
+    rows = read_metrics(tiny_run)
+    assert [row["kimg"] for row in rows] == [0.256, 0.512]
+    assert all(row["fid"] > 0 and row["fid_extractor"] == "classifier" for row in rows)
+    assert all(row["images_per_second"] > 0 for row in rows)
+    sheets = sorted(f for f in (tiny_run / "samples").children())
+    assert sheets == ["0000000.3kimg.png", "0000000.5kimg.png"]
+    assert Image.open(f"{tiny_run.path}/samples/{sheets[0]}").size == (10 * 34 + 2, 8 * 34 + 2)
+    events = EventAccumulator(tiny_run.path).Reload()
+    assert [e.step for e in events.Scalars("fid/classifier")] == [8, 16]
+    record = RunRecord.read(tiny_run)
+    assert record.config == tiny()
+    assert record.dataset.classes == [str(i) for i in range(10)]
+    assert record.packages["torch"].startswith("2.")
+    # Evaluated at 8 and 16; saved at 4, 8, 12 and 16; the two best and the latest are kept.
+    assert list(checkpoints(tiny_run)) == ["checkpoint_000000008", "checkpoint_000000016"]
+    folder, info = best_checkpoint(tiny_run)
+    assert info.fid == min(row["fid"] for row in rows)
+    assert folder.name == f"checkpoint_{info.step:09d}"
+
+
+def test_patience_ends_a_run_whose_fid_no_longer_falls(digits, tmp_path):
+    # With a learning rate of all but nothing, G_ema and its FID stay as they are.
+    config = tiny(
+        total_kimg=10, eval__patience=2, optim__lr_g=1e-12, ema__decay=0.999, eval__every_kimg=0.064
+    )
+    run = Folder(str(tmp_path / "flat"))
+    assert train_here(config, run, digits) == "patience"
+    rows = read_metrics(run)
+    fids = [row["fid"] for row in rows]
+    assert len(fids) < 50
+    assert min(fids) not in fids[-2:]
+    assert train_here(config, run, digits) == "patience"  # Started again, it is still over.
+    assert read_metrics(run) == rows
+
+
+def test_divergence_names_step_and_cause_and_reports_a_large_fid(digits, tmp_path):
+    run = Folder(str(tmp_path / "run"))
+    train_here(tiny(total_kimg=0.256), run, digits)
+    kept, _ = best_checkpoint(run)
+    reports = []
+    loop = TrainingLoop(
+        tiny(optim__lr_g=1e30, optim__lr_d=1e30),
+        digits,
+        run,
+        Workers(0, 1, CPU),
+        lambda metrics, folder: reports.append((metrics, folder)),
+        resume_from=kept,
+        say=None,
+    )
+    reason = loop.run()
+    assert re.fullmatch(r"diverged: (loss_\w|D_\w+) is (nan|inf|-inf) at step \d+", reason)
+    metrics, folder = reports[-1]
+    assert (metrics["fid"], metrics["stop_reason"], folder) == (WORST_FID, reason, None)
+    assert metrics["best_fid"] < WORST_FID
+    assert best_checkpoint(run)[0] == kept
+
+
+def test_a_weight_that_is_not_finite_is_found_and_named(digits):
+    state = build(tiny(), **digits.info.shape, device=CPU)
+    assert non_finite_weight(state.G) is None
+    with torch.no_grad():
+        state.G.blocks[1].conv2.weight[0, 0, 0, 0] = float("inf")
+    assert non_finite_weight(state.G) == "blocks.1.conv2.weight"
+
+
+def test_a_resumed_run_must_be_the_same_run(digits, tiny_run):
+    with pytest.raises(ConfigError, match=r"optim.lr_g was 0.001, is 0.5"):
+        open_run(tiny_run, tiny(optim__lr_g=0.5), digits.info)
+    other = digits.info.model_copy(update={"fingerprint": "0" * 64})
+    with pytest.raises(ConfigError, match="other images"):
+        open_run(tiny_run, tiny(), other)
+
+
+def test_a_run_can_be_made_longer(digits, tmp_path):
+    run = Folder(str(tmp_path / "longer"))
+    train_here(tiny(total_kimg=0.256), run, digits)
+    assert train_here(tiny(total_kimg=0.512), run, digits) == "finished"
+    assert RunRecord.read(run).config.total_kimg == 0.512
+    assert [row["kimg"] for row in read_metrics(run)] == [0.256, 0.512]
+
+
+def test_a_damaged_checkpoint_is_named_and_not_used(digits, tmp_path):
+    run = Folder(str(tmp_path / "damaged"))
+    train_here(tiny(total_kimg=0.256), run, digits)
+    folder, _ = best_checkpoint(run)
+    state = tmp_path / "damaged" / folder.name / STATE
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(StorageError, match=rf"{folder.name}/state.pt is damaged"):
+        train_here(tiny(), run, digits)
+    (state.parent / "checkpoint.json").write_text("{")
+    with pytest.raises(StorageError, match=r"checkpoint.json is damaged"):
+        checkpoints(run)
+
+
+def test_a_checkpoint_holds_all_that_the_next_step_depends_on(tiny_run):
+    state = last_state(tiny_run)
+    assert set(state) == {"G", "D", "G_ema", "optim_G", "optim_D"}
+    info = list(checkpoints(tiny_run).values())[-1]
+    # Seed and step are the state of every random stream, and the position in the data.
+    assert (info.step, info.images_seen, info.seed) == (16, 512, 0)
+    assert isinstance(info.standing, Standing)
+
+
+def test_metrics_are_json_lines(tiny_run):
+    for line in tiny_run.read_bytes("metrics.jsonl").splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # No NaN, no infinity.

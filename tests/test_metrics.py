@@ -1,0 +1,124 @@
+"""FID's parts against numpy and scipy, and the whole against a computation done again."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import tiny
+
+from biggan.evaluation import evaluate, measure
+from biggan.latents import sample_z
+from biggan.metrics.extractors import load_extractor, train_classifier
+from biggan.metrics.fid import EVALUATION_SEED, Evaluator, Reference
+from biggan.metrics.frechet import Moments, frechet_distance
+from biggan.models import load_generator
+from biggan.parallel import CPU, Workers
+from biggan.pixels import from_uint8, to_uint8
+from biggan.storage import StorageError
+
+
+def test_moments_are_numpys():
+    rng = np.random.default_rng(0)
+    features = rng.normal(3, 2, (100, 7))
+    whole, parts = Moments(7), [Moments(7), Moments(7)]
+    whole.update(torch.from_numpy(features))
+    for part, rows in zip(parts, (features[:33], features[33:]), strict=True):
+        part.update(torch.from_numpy(rows))
+    parts[0].sums += parts[1].sums
+    for moments in (whole, parts[0]):
+        assert moments.count == 100
+        assert np.allclose(moments.mean, features.mean(0), rtol=1e-12)
+        assert np.allclose(moments.covariance, np.cov(features.T), rtol=1e-10)
+
+
+def test_a_covariance_needs_two_images():
+    moments = Moments(3)
+    moments.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        _ = moments.covariance
+
+
+@pytest.mark.parametrize("n", [500, 20], ids=["regular", "singular"])
+def test_frechet_distance_is_that_with_sqrtm(n):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (n, 64)), rng.normal(0.3, 1.5, (n, 64))
+    m1, m2, c1, c2 = a.mean(0), b.mean(0), np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(c1 @ c2).real
+    expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * root)
+    ours = frechet_distance(*map(torch.from_numpy, (m1, c1, m2, c2)))
+    assert ours == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_gaussians_by_hand():
+    # In one dimension: (m1 - m2)^2 + (s1 - s2)^2.
+    m1, m2 = torch.tensor([1.0]).double(), torch.tensor([4.0]).double()
+    c1, c2 = torch.tensor([[4.0]]).double(), torch.tensor([[25.0]]).double()
+    assert frechet_distance(m1, c1, m2, c2) == pytest.approx(9 + 9)
+    assert frechet_distance(m1, c1, m1, c1) == pytest.approx(0, abs=1e-9)
+
+
+def test_fid_done_again(digits, tiny_model):
+    G = load_generator("tiny@best")
+    fid = measure(G, digits, num_samples=300)
+    extractor = load_extractor("classifier", digits.folder, CPU)
+    z = sample_z([EVALUATION_SEED + i for i in range(300)], G.z_dim)
+    labels = digits.class_sampler.spread(300)
+    with torch.inference_mode():
+        fakes = extractor.network.features(from_uint8(to_uint8(G(z, labels)))).double().numpy()
+        reals = extractor.network.features(from_uint8(digits.images)).double().numpy()
+    c1, c2 = np.cov(fakes.T), np.cov(reals.T)
+    gap = ((fakes.mean(0) - reals.mean(0)) ** 2).sum()
+    expected = gap + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
+    assert fid.value == pytest.approx(expected, rel=1e-3)
+    assert fid.protocol["num_samples"] == 300
+    assert fid.protocol["reference_count"] == 1797
+    assert "classifier" in str(fid)
+
+
+def test_real_images_have_a_low_fid_and_noise_a_high_one(digits):
+    extractor = load_extractor("classifier", digits.folder, CPU)
+    reference = Reference.load(digits.folder, extractor)
+
+    def distance(images):
+        moments = Moments(extractor.dim)
+        moments.update(extractor(images))
+        return frechet_distance(
+            moments.mean, moments.covariance, reference.mean, reference.covariance
+        )
+
+    noise = torch.randint(0, 256, (600, 1, 16, 16), dtype=torch.uint8)
+    assert distance(digits.images[::3]) < 0.05 * distance(noise)
+
+
+def test_shares_of_workers_add_up(digits, tiny_model):
+    G = load_generator("tiny@best")
+    evaluator = Evaluator(digits, load_extractor("classifier", digits.folder, CPU))
+    whole = evaluator.fid(G, Workers(0, 1, CPU), num_samples=101, batch_size=10)
+    odd = evaluator.fid(G, Workers(0, 1, CPU), num_samples=101, batch_size=37)
+    assert whole.value == pytest.approx(odd.value, rel=1e-4)
+
+
+def test_the_classifier_is_deterministic_and_accurate(digits):
+    first, accuracy = train_classifier(digits, CPU, progress=lambda line: None)
+    assert accuracy > 0.97
+    again, _ = train_classifier(digits, CPU, progress=lambda line: None)
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_unknown_extractor(digits):
+    with pytest.raises(StorageError, match="'vgg' is not known; known: classifier"):
+        load_extractor("vgg", digits.folder, CPU)
+
+
+def test_evaluating_runs_checkpoints_and_models(tiny_run, tiny_model):
+    of_run = evaluate(run="tiny")
+    assert of_run.num_samples == tiny().eval.num_samples
+    checkpoint = tiny_run / tiny_model.card.checkpoint
+    assert evaluate(checkpoint=checkpoint.uri).value == pytest.approx(of_run.value)
+    of_model = evaluate(model="tiny@best")
+    assert of_model.value == pytest.approx(tiny_model.card.fid, rel=1e-6)
+    assert of_model.protocol == tiny_model.card.fid_protocol
+    assert evaluate(run="tiny", num_samples=100).num_samples == 100
+    with pytest.raises(ValueError, match="exactly one"):
+        evaluate(run="tiny", model="tiny")

@@ -1,0 +1,77 @@
+"""Names, places, and files that are written whole or not at all."""
+
+import threading
+
+import pytest
+
+from biggan.storage import Folder, StorageError, locate, storage_root
+
+
+def test_names_paths_and_uris(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGGAN_STORAGE", str(tmp_path))
+    assert locate("runs", "first").uri == f"{tmp_path}/runs/first"
+    assert locate("runs", "first", "/elsewhere").uri == "/elsewhere/runs/first"
+    assert locate("runs", "/some/where").uri == "/some/where"
+    assert locate("runs", "s3://bucket/runs/a").uri == "s3://bucket/runs/a"
+    monkeypatch.delenv("BIGGAN_STORAGE")
+    monkeypatch.chdir(tmp_path)
+    assert storage_root() == f"{tmp_path}/storage"
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-x", "a@b", "ä", ".hidden"])
+def test_names_that_cannot_be(name):
+    with pytest.raises(StorageError, match=r"use letters, digits"):
+        locate("runs", name)
+
+
+def test_a_child_comes_before_the_query():
+    folder = Folder("s3://bucket/runs?region=x&endpoint_override=y")
+    assert (folder / "a").uri == "s3://bucket/runs/a?region=x&endpoint_override=y"
+    assert (folder / "a").parent == folder
+
+
+def test_unknown_scheme():
+    with pytest.raises(StorageError, match="ftp"):
+        Folder("ftp://host/x").exists()
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    folder = Folder(str(tmp_path))
+    folder.write_json("a.json", ["x"] * 50_000)
+    done = threading.Event()
+
+    def write():
+        for i in range(30):
+            folder.write_json("a.json", [str(i)] * 50_000)
+        done.set()
+
+    threading.Thread(target=write).start()
+    while not done.is_set():
+        assert len(folder.read_json("a.json")) == 50_000
+    assert folder.children() == ["a.json"]
+
+
+def test_a_folder_comes_into_being_whole_or_not_at_all(tmp_path):
+    folder = Folder(str(tmp_path / "new"))
+    with pytest.raises(RuntimeError), folder.created_whole("done") as draft:
+        raise RuntimeError(draft.write_bytes("part", b"1"))
+    assert Folder(str(tmp_path)).children() == []
+    with folder.created_whole("done") as draft:
+        draft.write_bytes("part", b"1")
+        assert not folder.exists()
+    assert folder.read_bytes("part") == b"1"
+    with folder.created_whole("done") as draft:  # Replaces what was there.
+        draft.write_bytes("other", b"2")
+    assert folder.children() == ["other"]
+    assert Folder(str(tmp_path)).children() == ["new"]
+
+
+def test_damaged_json_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(StorageError, match=r"a.json is damaged"):
+        Folder(str(tmp_path)).read_json("a.json")
+
+
+def test_infinities_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        Folder(str(tmp_path)).write_json("a.json", {"fid": float("nan")})
