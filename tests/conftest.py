@@ -19,6 +19,7 @@ SESSIONS = Path(tempfile.mkdtemp(prefix="ray"))
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(SESSIONS / "token")
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"  # Workers outnumber the cores.
 
 import pytest
 import ray

@@ -77,12 +77,12 @@ def train_classifier(
 ) -> tuple[Classifier, float]:
     """Train the built-in extractor; returns it with its accuracy on held-out images, in [0, 1].
 
-    A tenth of the images, drawn by class, is held out. The others are seen about 15 times, shifted
-    by up to a sixteenth of their side, in no fewer than 200 and no more than 2,000 batches.
+    A tenth of the images, drawn by class, is held out. The others are seen about 12 times, shifted
+    by up to a sixteenth of their side, in no fewer than 100 and no more than 4,000 batches.
     """
     train, held_out = _stratified_split(dataset)
-    batch = min(128, len(train))
-    steps = min(max(15 * len(train) // batch, 200), 2000)
+    batch = min(64, len(train))
+    steps = min(max(12 * len(train) // batch, 100), 4000)
     draws = rng(0, Stream.CLASSIFIER)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,0 +1,215 @@
+"""From files to a dataset, damage included."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import job
+from PIL import Image
+
+from biggan.data.dataset import Dataset, DatasetInfo, ShuffledOrder
+from biggan.data.preparation import Preparation, PreparationError, prepare, write_shard
+from biggan.data.sources import ClassFolders, SourceError, natural, open_source
+from biggan.storage import Folder, StorageError
+
+
+def draw(path, seed, size=(20, 14)):
+    """Save a random picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two hundred good pictures in two classes, and one of each kind of bad one."""
+    root = tmp_path / "photos"
+    for i in range(100):
+        draw(root / "cats" / f"{i}.png", i)
+        draw(root / "dogs" / "more" / f"{i}.jpg", 1000 + i)
+    return root
+
+
+def spoil(root):
+    whole = (root / "cats" / "0.png").read_bytes()
+    (root / "cats" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (root / "dogs" / "notes.txt").write_text("not an image")
+    (root / "empty").mkdir()
+    (root / ".DS_Store").write_text("")
+    (root / "cats" / "Thumbs.db").write_text("")
+
+
+def test_a_folder_with_damage_becomes_a_dataset(photos, storage, cluster):
+    spoil(photos)
+    said = job("prepare", "--source", str(photos), "--name", "pets", "--resolution", "8").stdout
+    info = DatasetInfo.read(Folder(f"{storage}/datasets/pets"))
+    assert info.classes == ["cats", "dogs"]
+    assert info.counts == [100, 100]
+    assert (info.resolution, info.channels) == (8, 3)
+    reasons = {entry.path: entry.reason for entry in info.rejected}
+    assert set(reasons) == {"cats/half.png", "dogs/notes.txt", "empty"}
+    assert "truncated" in reasons["cats/half.png"]
+    assert "UnidentifiedImageError" in reasons["dogs/notes.txt"]
+    for path, reason in reasons.items():
+        assert f"rejected {path}: {reason}" in said
+    dataset = Dataset.open("pets")
+    assert dataset.images.shape == (200, 3, 8, 8)
+    assert torch.bincount(dataset.labels).tolist() == [100, 100]
+    table = pq.read_table(f"{storage}/datasets/pets/part-000000.parquet")
+    assert [(f.name, str(f.type)) for f in table.schema] == [
+        ("image", "binary"),
+        ("label", "int32"),
+        ("source", "string"),
+    ]
+    labels = dict(zip(table["source"].to_pylist(), table["label"].to_pylist(), strict=True))
+    assert labels["cats/7.png"] == 0
+    assert labels["dogs/more/7.jpg"] == 1
+    again = job("prepare", "--source", str(photos), "--name", "pets", "--resolution", "8").stdout
+    assert "already prepared" in again
+    with pytest.raises(PreparationError, match="was prepared differently"):
+        prepare(Preparation(str(photos), 16), "pets")
+
+
+def test_a_class_without_a_readable_image_leaves_no_gap(photos, storage, cluster):
+    (photos / "birds").mkdir()
+    (photos / "birds" / "0.png").write_text("not an image")
+    prepare(Preparation(str(photos), 8, channels=1), "birdless")
+    dataset = Dataset.open("birdless")
+    assert dataset.info.classes == ["cats", "dogs"]
+    assert torch.bincount(dataset.labels).tolist() == [100, 100]
+    assert dataset.images.shape == (200, 1, 8, 8)
+    rejected = {entry.path: entry.reason for entry in dataset.info.rejected}
+    assert rejected["birds"] == "class without a readable image"
+
+
+@pytest.mark.parametrize("bad", [5, 200], ids=["some", "all"])
+def test_too_much_damage_fails_and_leaves_nothing(photos, storage, cluster, bad):
+    files = sorted(path for path in photos.rglob("*") if path.is_file())[:bad]
+    for path in files:
+        path.write_bytes(b"")
+    before = sorted(path.name for path in storage.rglob("*"))
+    said = []
+    with pytest.raises(PreparationError) as error:
+        prepare(Preparation(str(photos), 8), "bad", progress=said.append)
+    if bad == 5:
+        expected = "5 of 200 files (2.5%) are unusable, more than --max-rejected 1.0%"
+    else:
+        expected = "none of the 200 files"
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sum(line.startswith("rejected ") for line in said) == bad
+    assert sorted(path.name for path in storage.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "make,said",
+    [
+        (lambda root: None, "does not exist"),
+        (lambda root: root.mkdir(), "has no classes: expected one sub-folder a class"),
+        (lambda root: draw(root / "a.png", 0), "has no classes.*1 files"),
+    ],
+    ids=["missing", "empty", "flat"],
+)
+def test_sources_without_classes(tmp_path, make, said):
+    root = tmp_path / "source"
+    make(root)
+    with pytest.raises(SourceError, match=said):
+        open_source(str(root))
+
+
+def test_a_single_class_is_no_dataset(tmp_path, storage, cluster):
+    draw(tmp_path / "one" / "only" / "a.png", 0)
+    done = job("prepare", "--source", str(tmp_path / "one"), "--resolution", "8", status=2)
+    lines = done.stderr.splitlines()
+    assert "error: only class 'only' has usable images" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["--resolution", "48"], "resolution 48: must be one of"),
+        (["--max-rejected", "2"], "max_rejected 2.0: must be from 0 to 1"),
+        (["--name", "a b"], "name 'a b': use letters"),
+    ],
+)
+def test_bad_flags(flags, said, storage):
+    assert said in job("prepare", "--source", "digits", *flags, status=2).stderr
+
+
+def test_classes_are_in_natural_order(tmp_path):
+    for name in ("10", "9", "2", "b1", "b10", "b2"):
+        draw(tmp_path / name / "a.png", 0)
+    assert ClassFolders(Folder(str(tmp_path))).classes == ["2", "9", "10", "b1", "b2", "b10"]
+    assert natural("x10y") == ["x", 10, "y"]
+
+
+def test_files_outside_classes_are_listed(tmp_path):
+    draw(tmp_path / "a" / "0.png", 0)
+    draw(tmp_path / "stray.png", 0)
+    rejected = ClassFolders(Folder(str(tmp_path))).rejected
+    assert [(r.path, r.reason) for r in rejected] == [
+        ("stray.png", "lies outside any class folder")
+    ]
+
+
+def test_the_digits(digits):
+    info = digits.info
+    assert (info.resolution, info.channels, len(info.classes)) == (16, 1, 10)
+    assert info.n_images == 1797
+    assert re.fullmatch(r"[0-9a-f]{64}", info.fingerprint)
+    assert info.rejected == []
+
+
+def test_the_digest_of_an_image_is_that_of_its_class_and_pixels(photos, tmp_path):
+    def digests():
+        source = ClassFolders(Folder(str(photos)))
+        plan = Preparation(str(photos), 8)
+        return set(
+            write_shard(plan, source, source.items, Folder(str(tmp_path / "out")), 0).digests
+        )
+
+    first = digests()
+    (photos / "cats" / "0.png").rename(photos / "cats" / "zero.png")  # Names do not count,
+    assert digests() == first
+    (photos / "cats" / "1.png").rename(photos / "dogs" / "1.png")  # classes do,
+    moved = digests()
+    assert len(moved - first) == 1
+    draw(photos / "cats" / "2.png", 777)  # and pixels.
+    assert len(digests() - moved) == 1
+
+
+def test_a_dataset_that_is_not_there_or_damaged(storage, digits, tmp_path):
+    with pytest.raises(StorageError, match=r"no prepared dataset.*jobs/prepare.py"):
+        Dataset.open("nowhere")
+    copy = tmp_path / "digits"
+    with digits.folder.local_copy() as local:
+        Folder(str(copy)).upload(local)
+    (copy / "part-000001.parquet").unlink()
+    with pytest.raises(StorageError, match=r"promises 1797 images"):
+        Dataset.open(str(copy))
+    (copy / "dataset.json").write_text(json.dumps({"classes": []}))
+    with pytest.raises(StorageError, match=r"dataset.json is damaged"):
+        Dataset.open(str(copy))
+
+
+def test_every_image_once_an_epoch_whatever_the_batch():
+    order = ShuffledOrder(10, seed=3)
+    seen = np.concatenate([order.indices(start, 4) for start in range(0, 40, 4)])
+    for epoch in range(4):
+        assert sorted(seen[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert seen[:10].tolist() != seen[10:20].tolist()
+    assert ShuffledOrder(10, seed=3).indices(23, 9).tolist() == seen[23:32].tolist()
+    assert ShuffledOrder(10, seed=4).indices(0, 10).tolist() != seen[:10].tolist()
+
+
+def test_a_batch_may_span_several_epochs():
+    assert np.bincount(ShuffledOrder(3, seed=0).indices(3, 9)).tolist() == [3, 3, 3]
+
+
+def test_preparation_refuses_what_it_cannot_do():
+    with pytest.raises(PreparationError, match="channels 4"):
+        Preparation("digits", 8, channels=4)
