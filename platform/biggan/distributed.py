@@ -23,10 +23,10 @@ from biggan.cluster import connect, largest_node
 from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
 from biggan.data.dataset import Dataset, DatasetInfo
-from biggan.loop import TrainingLoop, print_line
+from biggan.loop import TrainingLoop, print_line, reason_to_stop
 from biggan.networks import check_model
 from biggan.parallel import Workers
-from biggan.runs import best_checkpoint, open_run, read_metrics
+from biggan.runs import best_checkpoint, checkpoints, open_run, read_metrics
 from biggan.storage import Folder, locate
 
 
@@ -98,6 +98,8 @@ def train(
     check_fit(config, info, scaling.workers)
     run = locate("runs", name, root)
     config = open_run(run, config, info)
+    if over := _already_over(config, run):
+        return RunResult(run, over)
     connect()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stated types lag behind Train V2.
@@ -107,6 +109,14 @@ def train(
     )
     result = trainer.fit()
     return RunResult(run, stop_reason=str(result.return_value))  # type: ignore[attr-defined]
+
+
+def _already_over(config: RunConfig, run: Folder) -> str:
+    """Why a run that was trained before needs no more training; empty if it does."""
+    if not (saved := checkpoints(run)):
+        return ""
+    latest = list(saved.values())[-1]
+    return reason_to_stop(config, latest.images_seen, latest.standing)
 
 
 def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:

@@ -54,7 +54,7 @@ class Journal:
         self._tensorboard = SummaryWriter(str(self._local), purge_step=step + 1)
         self._line_time = self._start_time = time.monotonic()
         self._start_step = step
-        what = f"resuming at {self._kimg(step):g}" if step else "starting a run of"
+        what = f"resuming at {self._kimg(step):g} of" if step else "starting a run of"
         self._say(f"{run.name}: {what} {config.total_kimg:g} kimg on {config.dataset}")
 
     def _kimg(self, step: int) -> float:

@@ -79,6 +79,14 @@ class KeepCheckpoints:
         return self.run / names[-1] if names else None
 
 
+def reason_to_stop(config: RunConfig, images_seen: int, standing: Standing) -> str:
+    """Why a run that stands so is over: "finished" or "patience"; empty if it is not."""
+    patience = config.eval.patience
+    if patience and standing.evaluations_since_best >= patience:
+        return "patience"
+    return "finished" if images_seen >= config.total_kimg * 1000 else ""
+
+
 class DivergedError(RuntimeError):
     """A loss or weight is no longer finite; says which, and at what step."""
 
@@ -135,10 +143,7 @@ class TrainingLoop:
         return reason
 
     def _reason_to_stop(self) -> str:
-        patience = self.config.eval.patience
-        if patience and self.standing.evaluations_since_best >= patience:
-            return "patience"
-        return "finished" if self.state.kimg >= self.config.total_kimg else ""
+        return reason_to_stop(self.config, self.state.images_seen, self.standing)
 
     def _due(self, every_kimg: float) -> bool:
         """Whether the last step crossed a multiple of `every_kimg`, or was the last of the run."""
