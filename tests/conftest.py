@@ -19,6 +19,7 @@ SESSIONS = Path(tempfile.mkdtemp(prefix="ray"))
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(SESSIONS / "token")
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ["OMP_NUM_THREADS"] = "1"  # Workers outnumber the cores.
 
 import pytest
@@ -30,7 +31,7 @@ from biggan.data.preparation import Preparation, prepare
 from biggan.loop import KeepCheckpoints, TrainingLoop
 from biggan.parallel import CPU, Workers
 from biggan.promotion import promote
-from biggan.runs import open_run
+from biggan.runs import latest_checkpoint, open_run
 from biggan.storage import Folder, locate
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +136,7 @@ def train_here(config: RunConfig, run: Folder, dataset: Dataset, stop_after: int
             raise InterruptedError
 
     alone = Workers(0, 1, CPU)
-    latest = keeper.latest()
+    latest = latest_checkpoint(run)
     return TrainingLoop(config, dataset, run, alone, report, resume_from=latest, say=None).run()
 
 

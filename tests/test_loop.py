@@ -13,7 +13,14 @@ from biggan.checkpoint import STATE, Standing
 from biggan.config import ConfigError
 from biggan.loop import WORST_FID, TrainingLoop, non_finite_weight
 from biggan.parallel import CPU, Workers
-from biggan.runs import RunRecord, best_checkpoint, checkpoints, open_run, read_metrics
+from biggan.runs import (
+    RunRecord,
+    best_checkpoint,
+    checkpoints,
+    latest_checkpoint,
+    open_run,
+    read_metrics,
+)
 from biggan.storage import Folder, StorageError
 from biggan.training import build
 
@@ -138,12 +145,44 @@ def test_a_damaged_checkpoint_is_named_and_not_used(digits, tmp_path):
     train_here(tiny(total_kimg=0.256), run, digits)
     folder, _ = best_checkpoint(run)
     state = tmp_path / "damaged" / folder.name / STATE
-    state.write_bytes(state.read_bytes()[:-100])
+    content = state.read_bytes()
+    state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(StorageError, match=rf"{folder.name}/state.pt is damaged"):
         train_here(tiny(), run, digits)
     (state.parent / "checkpoint.json").write_text("{")
     with pytest.raises(StorageError, match=r"checkpoint.json is damaged"):
         checkpoints(run)
+
+
+def test_a_checkpoint_half_written_is_passed_over(digits, tmp_path):
+    run = Folder(str(tmp_path / "truncated"))
+    train_here(tiny(total_kimg=0.256), run, digits)
+    before, latest = list(checkpoints(run))[-2:]
+    state = tmp_path / "truncated" / latest / STATE
+    state.write_bytes(state.read_bytes()[:-100])
+    assert latest_checkpoint(run).name == before
+    assert train_here(tiny(total_kimg=0.256), run, digits) == "finished"
+    assert latest_checkpoint(run).name == latest
+
+
+def test_a_run_that_was_over_says_so_again(tiny_run, digits):
+    reports = []
+    alone = Workers(0, 1, CPU)
+    loop = TrainingLoop(
+        tiny(),
+        digits,
+        tiny_run,
+        alone,
+        lambda metrics, folder: reports.append((metrics, folder)),
+        resume_from=latest_checkpoint(tiny_run),
+        say=None,
+    )
+    assert loop.run() == "finished"
+    [(metrics, folder)] = reports
+    assert folder is None
+    assert (metrics["kimg"], metrics["stop_reason"]) == (0.512, "finished")
+    last = read_metrics(tiny_run)[-1]
+    assert metrics["fid"] == last["fid"]
 
 
 def test_a_checkpoint_holds_all_that_the_next_step_depends_on(tiny_run):

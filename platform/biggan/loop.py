@@ -56,7 +56,7 @@ def print_line(line: str) -> None:
 class KeepCheckpoints:
     """The `Report` of plain Python and torchrun: keeps the run's best checkpoints and the latest.
 
-    Ray keeps them by the same rule. `latest` is what a run started again resumes from.
+    Ray keeps them by the same rule.
     """
 
     def __init__(self, run: Folder, keep: int) -> None:
@@ -72,11 +72,6 @@ class KeepCheckpoints:
         ranked = sorted(infos, key=lambda name: (infos[name].fid or WORST_FID, -infos[name].step))
         for name in set(ranked[self.keep :]) - {list(infos)[-1]}:
             (self.run / name).delete()
-
-    def latest(self) -> Folder | None:
-        """The newest whole checkpoint; None if there is none."""
-        names = list(checkpoints(self.run))
-        return self.run / names[-1] if names else None
 
 
 def reason_to_stop(config: RunConfig, images_seen: int, standing: Standing) -> str:
@@ -125,6 +120,8 @@ class TrainingLoop:
 
     def run(self) -> str:
         """Train to the end; returns why it ended: "finished", "patience", or "diverged: ..."."""
+        if reason := self._reason_to_stop():  # It had ended, but that may not have been heard of.
+            self.report(self._metrics(WORST_FID, reason), None)
         try:
             while not (reason := self._reason_to_stop()):
                 begin = time.monotonic()

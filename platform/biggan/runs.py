@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from biggan.checkpoint import DESCRIPTION, CheckpointInfo
+from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.storage import Folder, StorageError
@@ -98,11 +98,21 @@ def open_run(folder: Folder, config: RunConfig, dataset: DatasetInfo) -> RunConf
 
 
 def checkpoints(folder: Folder) -> dict[str, CheckpointInfo]:
-    """A run's whole checkpoints by folder name, oldest first."""
+    """A run's whole checkpoints by folder name, oldest first.
+
+    One whose writer was killed half-way lacks its description or part of its state: not listed.
+    """
     names = [name for name in folder.children() if name.startswith("checkpoint_")]
-    whole = [name for name in names if (folder / name).exists(DESCRIPTION)]
-    infos = {name: CheckpointInfo.read(folder / name) for name in whole}
-    return dict(sorted(infos.items(), key=lambda item: item[1].step))
+    described = [name for name in names if (folder / name).exists(DESCRIPTION)]
+    infos = {name: CheckpointInfo.read(folder / name) for name in described}
+    whole = [name for name in infos if (folder / name).size(STATE) == infos[name].state_bytes]
+    return {name: infos[name] for name in sorted(whole, key=lambda name: infos[name].step)}
+
+
+def latest_checkpoint(folder: Folder) -> Folder | None:
+    """A run's newest whole checkpoint; None if there is none."""
+    names = list(checkpoints(folder))
+    return folder / names[-1] if names else None
 
 
 def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:

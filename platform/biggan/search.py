@@ -28,7 +28,7 @@ from biggan.data.dataset import Dataset, DatasetInfo
 from biggan.distributed import Scaling, check_fit, ray_run_config, train_worker, worker_spec
 from biggan.loop import TrainingLoop
 from biggan.parallel import Workers
-from biggan.runs import open_run
+from biggan.runs import latest_checkpoint, open_run
 from biggan.storage import Folder, locate
 from biggan.trials import LiveTable, SweepResult, summarize, trial_folder
 
@@ -202,8 +202,7 @@ def _open_plan(
     plan = {
         "config": config.model_dump(mode="json"),
         "space": {name: _text(domain) for name, domain in domains.items()},
-        # How many trials run at a time is free to change when a sweep is taken up again.
-        "search": {k: v for k, v in asdict(search).items() if k != "max_concurrent"},
+        "search": asdict(search),
         "dataset_fingerprint": info.fingerprint,
     }
     if not folder.exists(PLAN):
@@ -228,14 +227,15 @@ def _trial(
 
     def in_process(values: dict[str, Any]) -> None:
         run, trial_config = _begin_trial(config, info, folder, values)
-        latest = tune.get_checkpoint()
         TrainingLoop(
             trial_config,
             Dataset.open(dataset.uri),
             run,
             Workers.current(),
             _report,
-            resume_from=run / Path(latest.path).name if latest else None,
+            # Not `tune.get_checkpoint()`: Tune notes its state only every few seconds, so that the
+            # last it remembers of a trial may be behind what the trial's folder holds.
+            resume_from=latest_checkpoint(run),
             say=None,
         ).run()
 
@@ -252,7 +252,7 @@ def _trial(
         ).fit()
 
     if search.workers_per_trial > 1:
-        return tune.with_resources(in_group, {"cpu": 0})  # The group's workers take their own.
+        return tune.with_resources(in_group, {"cpu": 0.01})  # The group's workers take their own.
     return tune.with_resources(in_process, {"cpu": search.cpus_per_worker, "gpu": gpus})
 
 
@@ -289,10 +289,11 @@ def _new_tuner(
         param_space=dict(domains),
         tune_config=tune.TuneConfig(
             num_samples=search.num_trials,
-            max_concurrent_trials=search.max_concurrent or None,
             scheduler=scheduler,
             search_alg=BasicVariantGenerator(
-                points_to_evaluate=[start], random_state=search.search_seed
+                points_to_evaluate=[start],
+                max_concurrent=search.max_concurrent,
+                random_state=search.search_seed,
             ),
             trial_dirname_creator=lambda t: trial_folder(t.trial_id),
         ),

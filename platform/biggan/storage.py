@@ -115,6 +115,10 @@ class Folder:
         """Whether the folder, or a file or folder in it, exists."""
         return bool(self._info(file).type != fs.FileType.NotFound)
 
+    def size(self, file: str) -> int:
+        """A file's size in bytes; 0 if there is none."""
+        return self._info(file).size or 0
+
     def _info(self, file: str) -> fs.FileInfo:
         return self.filesystem.get_file_info(f"{self.path}/{file}".rstrip("/"))
 
