@@ -16,6 +16,15 @@ def test_names_paths_and_uris(tmp_path, monkeypatch):
     monkeypatch.delenv("BIGGAN_STORAGE")
     monkeypatch.chdir(tmp_path)
     assert storage_root() == f"{tmp_path}/storage"
+    assert storage_root("x") == f"{tmp_path}/x"
+
+
+def test_a_submitted_job_leaves_nothing_in_its_own_copy_of_the_working_directory(monkeypatch):
+    monkeypatch.delenv("BIGGAN_STORAGE", raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert storage_root() == "/home/somebody/storage"
+    assert storage_root("s3://bucket/x") == "s3://bucket/x"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-x", "a@b", "ä", ".hidden"])

@@ -26,6 +26,8 @@ from pyarrow import fs
 from biggan.errors import UserError
 
 DEFAULT_ROOT = "./storage"
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable that Ray sets for a command run by `ray job submit`."""
 Kind = Literal["datasets", "runs", "sweeps", "models"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -35,9 +37,14 @@ class StorageError(UserError):
 
 
 def storage_root(root: str | None = None) -> str:
-    """The storage root: `root` if given, else $BIGGAN_STORAGE, else ./storage; made absolute."""
+    """The storage root: `root` if given, else $BIGGAN_STORAGE, else ./storage; made absolute.
+
+    The working directory of a submitted job is a copy that is deleted after it. There, a relative
+    path counts from the home directory instead.
+    """
     root = root or os.environ.get("BIGGAN_STORAGE") or DEFAULT_ROOT
-    return root if "://" in root else str(Path(root).resolve())
+    base = Path.home() if SUBMITTED in os.environ else Path.cwd()
+    return root if "://" in root else str((base / root).resolve())
 
 
 def check_name(name: str) -> str:

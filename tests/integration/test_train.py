@@ -78,23 +78,6 @@ def test_a_worker_killed_in_the_middle_changes_nothing(undisturbed):
     assert len(steps) == len(set(steps))
 
 
-def test_the_command_trains_reports_and_resumes(digits, tmp_path):
-    flags = ["--preset", "laptop", "--dataset", "digits", "--name", "by-command"]
-    small = ["--model.ch-g", "1", "--model.ch-d", "1", "--eval.num-samples", "64"]
-    lengths = ["--eval.every-kimg", "0.32", "--total-kimg", "0.32"]
-    first = job("train", *flags, *small, *lengths)
-    assert "0.3/0.32 kimg" in first.stdout
-    assert "img/s" in first.stdout
-    assert "best checkpoint: " in first.stdout
-    longer = job("train", "--name", "by-command", "--total-kimg", "0.64")
-    assert "resuming at 0.32 of 0.64 kimg" in longer.stdout
-    began = time.monotonic()
-    assert "best checkpoint: " in job("train", "--name", "by-command").stdout  # Nothing to do.
-    assert time.monotonic() - began < 12
-    other = job("train", "--name", "by-command", "--optim.lr-g", "0.5", status=2)
-    assert "optim.lr_g was 0.0007, is 0.5" in other.stderr
-
-
 @pytest.mark.parametrize(
     "flags,said",
     [
