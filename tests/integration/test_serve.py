@@ -14,7 +14,6 @@ import pytest
 import requests
 from conftest import ROOT, free_port, tiny, train_here
 from PIL import Image
-from ray import serve
 
 import biggan
 from biggan.client import EndpointError
@@ -23,19 +22,6 @@ from biggan.pixels import sheet
 from biggan.storage import locate
 
 PROBLEM = "application/problem+json"
-
-
-@pytest.fixture(scope="module")
-def endpoint(tiny_model):
-    """`python -m serving` on the shared cluster, serving `tiny@best`; gives its URL."""
-    port = free_port()
-    command = [sys.executable, "-m", "serving", "--model", "tiny@best", "--port", str(port)]
-    done = subprocess.run([*command, "--detach"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    url = f"http://127.0.0.1:{port}"
-    assert f"serving tiny@v1 at {url}" in done.stdout
-    yield url
-    serve.shutdown()
 
 
 def post(endpoint, body, **options):
