@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import biggan
 from biggan.commands import run_command
 from biggan.data.preparation import Preparation, prepare
 from biggan.pixels import sheet
 from biggan.promotion import class_columns
-from biggan.storage import storage_root
+from biggan.storage import Folder, storage_root
 
 NAME = "digits"
+PICTURE = "digits.png"
 
 
 def main() -> None:
@@ -22,9 +23,11 @@ def main() -> None:
     print(f"run quickstart: {result.stop_reason}; {NAME}@best: {promotion.reason}")
     G = biggan.load_generator(f"{NAME}@best")
     images, columns = class_columns(G)
-    picture = Path(storage_root()) / "digits.png"
-    sheet(images, columns, min_side=64).save(picture)
-    print(f"picture: {picture}")
+    picture = io.BytesIO()
+    sheet(images, columns, min_side=64).save(picture, "PNG")
+    root = Folder(storage_root())
+    root.write_bytes(PICTURE, picture.getvalue())
+    print(f"picture: {root / PICTURE}")
     print("serve it: make serve")
 
 

@@ -119,6 +119,7 @@ def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
     """A run's checkpoint with the lowest FID; raises `StorageError` if none was evaluated."""
     evaluated = {name: info for name, info in checkpoints(folder).items() if info.fid is not None}
     if not evaluated:
+        RunRecord.read(folder)  # Says so if there is no run at all.
         raise StorageError(
             f"run {folder} has no checkpoint with an FID yet: let it train past its first"
             " evaluation (eval.every_kimg)"

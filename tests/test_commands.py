@@ -1,0 +1,41 @@
+"""The commands: help that teaches, and mistakes told in a line."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, tiny
+
+from biggan.commands import base_config
+from biggan.config import ConfigError
+from biggan.presets import digits
+
+COMMANDS = ["prepare", "train", "sweep", "promote", "evaluate", "generate"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_and_explains_every_flag(name):
+    done = subprocess.run(
+        [sys.executable, f"jobs/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python jobs/{name}.py --" in done.stdout
+    assert "--storage" in done.stdout
+    for line in done.stdout.splitlines():
+        assert "Traceback" not in line
+
+
+def test_where_a_commands_settings_start_from(monkeypatch, tmp_path, tiny_run):
+    def given(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        return base_config("runs")
+
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"total_kimg": 3, "optim": {"lr_g": 1e-5}}))
+    assert given("--config", str(file)).optim.lr_g == 1e-5
+    assert given("--preset", "digits") == digits()
+    assert given("--name", "tiny") == tiny()  # The run that is there.
+    assert given("--name", "unheard-of", "--dataset", "digits").model.attention == ()
+    with pytest.raises(ConfigError, match="no such file"):
+        given("--config", str(tmp_path / "nope.yaml"))

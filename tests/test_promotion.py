@@ -1,0 +1,163 @@
+"""The model store, and what moves `best`."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import tiny, train_here
+from PIL import Image
+from safetensors.torch import load_file
+
+import biggan
+from biggan.errors import UserError
+from biggan.evaluation import load_checkpoint
+from biggan.models import ModelStore, find_model, load_card, split_reference
+from biggan.parallel import CPU
+from biggan.promotion import best_trial
+from biggan.runs import best_checkpoint
+from biggan.storage import Folder, StorageError, locate
+
+
+@pytest.fixture(scope="module")
+def worse_run(digits):
+    """A run whose generator hardly learns."""
+    run = locate("runs", "worse")
+    train_here(tiny(optim__lr_g=1e-6, total_kimg=0.256), run, digits)
+    return run
+
+
+def test_a_version_is_what_the_store_promises(tiny_model):
+    folder, card = tiny_model.folder, tiny_model.card
+    assert set(folder.children()) == {
+        "card.json",
+        "config.json",
+        "model.safetensors",
+        "samples.png",
+    }
+    assert card.run == "runs/tiny"
+    assert card.fid_protocol["extractor"] == "classifier"
+    assert card.fid_protocol["standing_statistics"] == 64
+    assert card.fid_protocol["num_samples"] == 64
+    assert card.hyperparameters == tiny()
+    assert Image.open(f"{folder.path}/samples.png").size[0] > 160
+    assert load_card(folder) == card
+    assert tiny_model.is_best
+    assert json.loads((folder.parent).read_bytes("aliases.json")) == {"best": "v1"}
+
+
+def test_the_weights_are_the_best_checkpoints_average(tiny_run, tiny_model):
+    candidate = load_checkpoint(best_checkpoint(tiny_run)[0], CPU)
+    exported = load_file(f"{tiny_model.folder.path}/model.safetensors")
+    for name, expected in candidate.G.state_dict().items():
+        moments = name.endswith(("mean", "var"))  # Standing statistics are collected anew.
+        assert moments or torch.equal(exported[name], expected), name
+    loaded = biggan.load_generator("tiny@v1")
+    assert not loaded.training
+    assert loaded.class_names == [str(i) for i in range(10)]
+
+
+def test_the_cards_fid_is_that_of_the_exported_model(tiny_model):
+    fid = biggan.evaluate(model="tiny@v1")
+    assert fid.value == pytest.approx(tiny_model.card.fid, rel=1e-6)
+    assert fid.protocol == tiny_model.card.fid_protocol
+
+
+def test_a_checkpoint_is_not_exported_twice(tiny_model):
+    again = biggan.promote(run="tiny", name="tiny")
+    assert again.card == tiny_model.card
+    assert again.reason == "it is tiny@best already"
+    assert ModelStore("tiny").versions() == ["v1"]
+
+
+def test_best_moves_only_to_a_lower_fid_unless_forced(tiny_run, worse_run):
+    store = ModelStore("contest")
+    worse = biggan.promote(run="worse", name="contest")
+    assert (worse.is_best, worse.reason) == (True, "the first version")
+    better = biggan.promote(run="tiny", name="contest")
+    assert better.card.fid < worse.card.fid
+    assert better.is_best
+    assert "is lower than the" in better.reason
+    assert store.aliases() == {"best": "v2"}
+    back = biggan.promote(run="worse", name="contest")
+    assert not back.is_best
+    assert "is not lower than" in back.reason
+    assert store.aliases() == {"best": "v2"}
+    assert biggan.promote(run="worse", name="contest", force=True).is_best
+    assert store.aliases() == {"best": "v1"}
+
+
+def test_fids_of_different_protocols_are_not_compared(tiny_run, digits):
+    run = locate("runs", "otherwise")
+    train_here(tiny(eval__num_samples=128, seed=2), run, digits)
+    biggan.promote(run="tiny", name="protocols")
+    other = biggan.promote(run="otherwise", name="protocols")
+    assert not other.is_best
+    assert "is not comparable with that of v1 (num_samples: 64 and 128)" in other.reason
+
+
+def test_the_best_trial_of_a_sweep_is_promoted(tiny_run, worse_run, tmp_path):
+    sweep = Folder(str(tmp_path / "sweep"))
+    for trial, run in (("trial_00000", worse_run), ("trial_00001", tiny_run)):
+        (sweep / trial).upload(run.path)
+    assert best_trial(sweep.uri, None).name == "trial_00001"
+
+
+def test_what_names_a_model(tiny_model):
+    folder = tiny_model.folder
+    for reference in ("tiny", "tiny@best", "tiny@v1", folder.uri, folder.parent.uri):
+        assert find_model(reference).uri == folder.uri
+    assert split_reference("s3://bucket/models/a@v2") == ("s3://bucket/models/a", "v2")
+    assert split_reference("s3://me@bucket/models/a") == ("s3://me@bucket/models/a", "best")
+
+
+@pytest.mark.parametrize("reference", ["tiny@v9", "tiny@", "nothing", "tiny@../tiny", "../tiny"])
+def test_a_model_that_is_not_there(tiny_model, reference):
+    with pytest.raises(StorageError, match=r"is not in the store|use letters"):
+        find_model(reference)
+
+
+def test_aliases_name_whole_versions_only(tiny_model):
+    store = ModelStore("tiny")
+    with pytest.raises(StorageError, match="model tiny has no version v7"):
+        store.set_alias("best", "v7")
+    store.set_alias("stable", "v1")
+    assert find_model("tiny@stable").name == "v1"
+
+
+@pytest.mark.parametrize(
+    "file,content,said",
+    [
+        ("config.json", b"{", "config.json is damaged"),
+        ("config.json", b"{}", "config.json is damaged"),
+        ("model.safetensors", b"\x80\x04junk", "model.safetensors does not fit its config.json"),
+        ("card.json", b"[]", "card.json is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(tiny_model, tmp_path, file, content, said):
+    copy = Folder(str(tmp_path / "v1"))
+    copy.upload(tiny_model.folder.path)
+    copy.write_bytes(file, content)
+    read = load_card if file == "card.json" else lambda folder: biggan.load_generator(folder.uri)
+    with pytest.raises(StorageError, match=re.escape(said)):
+        read(copy)
+
+
+def test_what_cannot_be_promoted(digits, tmp_path):
+    with pytest.raises(UserError, match="either run or sweep"):
+        biggan.promote()
+    with pytest.raises(StorageError, match="no run at"):
+        biggan.promote(run="never-was")
+    with pytest.raises(StorageError, match="no sweep at"):
+        biggan.promote(sweep="never-was")
+
+
+def test_evaluation_of_runs_checkpoints_and_models(tiny_run, tiny_model, digits):
+    folder, info = best_checkpoint(tiny_run)
+    assert biggan.evaluate(run="tiny").value == pytest.approx(info.fid, rel=1e-6)
+    assert biggan.evaluate(checkpoint=folder.uri).value == pytest.approx(info.fid, rel=1e-6)
+    truncated = biggan.evaluate(model="tiny", truncation=0.2, num_samples=32)
+    assert truncated.protocol["truncation"] == 0.2
+    assert truncated.value != tiny_model.card.fid
+    with pytest.raises(UserError, match="exactly one of"):
+        biggan.evaluate(run="tiny", model="tiny")
