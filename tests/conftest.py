@@ -21,6 +21,8 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(SESSIONS / "token")
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ["OMP_NUM_THREADS"] = "1"  # Workers outnumber the cores.
+# As in an activated environment: submitted jobs run the `python` that the cluster finds first.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import pytest
 import ray

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import ray.train
+import torch
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device
@@ -39,7 +40,7 @@ class Scaling:
     gpu: bool | None = None
     """Whether each worker takes a GPU; if not said, whether the cluster has one by now."""
     cpus_per_worker: int = 0
-    """CPU cores a worker computes with; 0 shares out those of the largest machine."""
+    """CPU cores kept for each worker; 0 keeps one, and computes with a share of the machine."""
     max_failures: int = 3
     """Restarts from the latest checkpoint when workers fail; -1 is without limit."""
 
@@ -49,14 +50,32 @@ class Scaling:
         if self.cpus_per_worker < 0:
             raise ConfigError(f"cpus_per_worker = {self.cpus_per_worker}: must be 0 or more")
 
-    def to_ray(self) -> ScalingConfig:
-        """Ray Train's form, with what was left open settled for the connected cluster."""
+    @property
+    def on_gpu(self) -> bool:
+        """Whether each worker takes a GPU, of the connected cluster."""
+        return largest_node().gpus > 0 if self.gpu is None else self.gpu
+
+    @property
+    def threads(self) -> int:
+        """Threads a worker computes with.
+
+        A function of the machines and not of their load, since another number of threads would
+        round differently when a run resumes.
+        """
         node = largest_node()
-        gpu = node.gpus > 0 if self.gpu is None else self.gpu
-        sharing = max(node.gpus, 1) if gpu else self.workers
-        cpus = self.cpus_per_worker or max(1, node.cpus // sharing)
-        resources = {"CPU": cpus} | ({"GPU": 1} if gpu else {})
-        return ScalingConfig(num_workers=self.workers, use_gpu=gpu, resources_per_worker=resources)
+        sharing = max(node.gpus, 1) if self.on_gpu else self.workers
+        return self.cpus_per_worker or max(1, node.cpus // sharing)
+
+    def to_ray(self) -> ScalingConfig:
+        """Ray Train's form, with what was left open settled for the connected cluster.
+
+        By default a worker claims one core, whatever it computes with: a run that claimed the whole
+        machine would wait for ever beside an endpoint that holds a core.
+        """
+        resources = {"CPU": self.cpus_per_worker or 1} | ({"GPU": 1} if self.on_gpu else {})
+        return ScalingConfig(
+            num_workers=self.workers, use_gpu=self.on_gpu, resources_per_worker=resources
+        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ def train(
     connect()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stated types lag behind Train V2.
-        train_loop_config=worker_spec(config, dataset, run),
+        train_loop_config=worker_spec(config, dataset, run, scaling.threads),
         scaling_config=scaling.to_ray(),
         run_config=ray_run_config(config, run, max_failures=scaling.max_failures),
     )
@@ -126,13 +145,14 @@ def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:
 
 
 def worker_spec(
-    config: RunConfig, dataset: Folder, run: Folder, quiet: bool = False
+    config: RunConfig, dataset: Folder, run: Folder, threads: int, quiet: bool = False
 ) -> dict[str, Any]:
     """What `train_worker` is handed."""
     return {
         "config": config.model_dump(),
         "dataset": dataset.uri,
         "run": run.uri,
+        "threads": threads,
         "quiet": quiet,
     }
 
@@ -158,6 +178,7 @@ def ray_run_config(
 def train_worker(spec: dict[str, Any]) -> str:
     """One worker of a run, under Ray Train; returns why the run ended."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
+    torch.set_num_threads(spec["threads"])
     run = Folder(spec["run"])
     latest = ray.train.get_checkpoint()
     loop = TrainingLoop(

@@ -244,7 +244,7 @@ def _trial(
         scaling = Scaling(search.workers_per_trial, bool(gpus), search.cpus_per_worker)
         TorchTrainer(
             train_worker,  # type: ignore[arg-type]
-            train_loop_config=worker_spec(trial_config, dataset, run, quiet=True),
+            train_loop_config=worker_spec(trial_config, dataset, run, scaling.threads, quiet=True),
             scaling_config=scaling.to_ray(),
             run_config=ray_run_config(
                 trial_config, run, scaling.max_failures, callbacks=[TuneReportCallback()]
