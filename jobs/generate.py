@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+from PIL import Image
 
 from biggan.classes import class_id
 from biggan.commands import parse, run_command
 from biggan.errors import UserError
 from biggan.generation import generate
-from biggan.latents import check_truncation
+from biggan.latents import check_seed, check_truncation
 from biggan.models import load_generator
 from biggan.pixels import sheet
+from biggan.storage import Folder, absolute
 
 
 @dataclass(frozen=True)
@@ -51,24 +54,28 @@ def main() -> None:
         raise UserError(f"--n {command.n}: must be 1 or more")
     if command.truncation is not None:
         check_truncation(command.truncation)
+    check_seed(command.seed)
+    check_seed(command.seed + command.n - 1)
     G = load_generator(command.model, root=command.storage)
     chosen = [class_id(name, G.class_names) for name in command.classes] or range(G.n_classes)
     ids = [chosen[i % len(chosen)] for i in range(command.n)]
-    if command.output.endswith((".png", ".webp", ".jpg", ".jpeg")):
+    output = absolute(command.output)
+    if output.endswith((".png", ".webp", ".jpg", ".jpeg")):
         picture = sheet(G.sample(ids, command.seed, command.truncation), min(len(chosen), 20))
-        Path(command.output).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(command.output)
+        file = io.BytesIO()
+        picture.save(file, Image.registered_extensions()["." + output.rsplit(".", 1)[-1]])
+        Folder(output).parent.write_bytes(Folder(output).name, file.getvalue())
     else:
         generate(
             command.model,
-            command.output,
+            output,
             class_ids=ids,
             seed=command.seed,
             truncation=command.truncation,
             file_format=command.format,
             root=command.storage,
         )
-    print(f"{command.n:,} images in {command.output}")
+    print(f"{command.n:,} images in {output}")
 
 
 if __name__ == "__main__":

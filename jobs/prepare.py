@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from biggan.commands import parse, run_command
@@ -43,6 +44,13 @@ class Prepare:
     """Storage root, path or URI; by default $BIGGAN_STORAGE, else ./storage."""
 
 
+def default_name(source: str) -> str:
+    """The last part of a source's path or URI."""
+    if "://" in source:
+        return source.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    return Path(source).expanduser().resolve().name
+
+
 def main() -> None:
     """Prepare the dataset that the command line describes."""
     command = parse(Prepare)
@@ -56,7 +64,7 @@ def main() -> None:
         background=command.background,
         max_rejected=command.max_rejected,
     )
-    name = command.name or command.source.rstrip("/").rsplit("/", 1)[-1]
+    name = command.name or default_name(command.source)
     prepare(preparation, name, command.storage, overwrite=command.overwrite)
 
 

@@ -29,8 +29,8 @@ class Promote:
     """Name of the model; by default that of the dataset."""
     force: bool = False
     """Point `best` to this version whatever its FID."""
-    licence: str = "not stated"
-    """Licence of the model, for its card."""
+    licence: str | None = None
+    """Licence of the model, for its card; by default none is stated."""
     storage: str | None = None
     """Storage root, path or URI; by default $BIGGAN_STORAGE, else ./storage."""
 

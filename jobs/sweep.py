@@ -52,8 +52,8 @@ def parse_space(entries: tuple[str, ...]) -> dict[str, str] | None:
     return {name.strip(): values for name, _, values in pairs} or None
 
 
-def main() -> None:
-    """Run the sweep that the command line describes."""
+def main() -> int:
+    """Run the sweep that the command line describes; status 1 if no trial has an FID."""
     command = parse(Sweep, default=Sweep(name=tyro.MISSING, config=base_config("sweeps")))
     outcome = sweep(
         command.config,
@@ -65,7 +65,10 @@ def main() -> None:
     console = Console()
     console.print(render(outcome.trials, f"sweep {command.name}, best first"))
     console.print(str(outcome), highlight=False)
+    if outcome.best_config is None:
+        return 1
     print(f"next: python jobs/promote.py --sweep {command.name}")
+    return 0
 
 
 if __name__ == "__main__":

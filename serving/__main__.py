@@ -9,11 +9,15 @@ from typing import Annotated
 import tyro
 from ray import serve
 
+from biggan.client import Client
 from biggan.cluster import connect
 from biggan.commands import parse, run_command
+from biggan.errors import UserError
 from biggan.models import find_model
 from biggan.storage import storage_root
 from serving.app import EndpointConfig, build
+
+NAME = "biggan"
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,35 @@ def main() -> None:
     )
     # Replicas have working directories of their own: give them the root's full path.
     config = command.endpoint.model_copy(update={"storage": root})
-    serve.run(build(config), name="biggan", route_prefix="/")
+    serve.run(build(config), name=NAME, route_prefix="/")
     url = f"http://{command.host}:{command.port}"
+    if not Client(f"http://{_own(command.host)}:{command.port}", timeout=10).healthy():
+        raise UserError(
+            f"{url} does not answer: Serve listens elsewhere on this cluster already. Use the"
+            " address it was started with, or end it with `serve shutdown`"
+        )
     print(f"serving {folder.parent.name}@{folder.name} at {url}; its API: {url}/docs")
     print(
         f"try: curl -s {url}/v1/generate -H 'Content-Type: application/json'"
         """ -d '{"class": 0, "n": 16}' -o samples.png""",
         flush=True,
     )
-    while not command.detach:
-        time.sleep(3600)
+    if not command.detach:
+        _until_interrupted()
+
+
+def _own(host: str) -> str:
+    """The address by which this machine reaches what listens on `host`."""
+    return "127.0.0.1" if host in ("0.0.0.0", "") else host
+
+
+def _until_interrupted() -> None:
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        serve.delete(NAME)
+        print("stopped serving")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError
@@ -50,6 +50,15 @@ class EndpointConfig(BaseModel):
     """CPU cores a copy of the model computes with."""
     gpus_per_replica: float = Field(0.0, ge=0)
     """GPUs, or the part of one, that a copy of the model takes."""
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "EndpointConfig":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas = {self.min_replicas}: must not exceed max_replicas ="
+                f" {self.max_replicas}"
+            )
+        return self
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {

@@ -12,11 +12,12 @@ import torch
 from ray import serve
 
 from biggan.classes import UnknownClassError, class_id
+from biggan.cluster import own_device
 from biggan.latents import sample_z
 from biggan.models import ModelCard, find_model, load_card, load_generator
 from biggan.networks import Generator
-from biggan.parallel import Workers
 from biggan.pixels import to_uint8
+from biggan.storage import Folder
 from serving.schemas import MAX_IMAGES
 
 logger = logging.getLogger("ray.serve")
@@ -73,6 +74,7 @@ class Description:
 class Served:
     """A model version in memory."""
 
+    folder: Folder
     G: Generator
     description: Description
 
@@ -99,18 +101,16 @@ class Sampler:
 
     def _load(self) -> Served:
         folder = find_model(self.model, self.storage)
-        G = load_generator(folder.uri, device=Workers.current().device)
+        G = load_generator(folder.uri, device=own_device())
         G.sample([0], truncation=None)  # The first call is slow; better here than for a client.
-        return Served(G, Description(load_card(folder), G.resolution, G.channels, G.class_names))
+        about = Description(load_card(folder), G.resolution, G.channels, G.class_names)
+        return Served(folder, G, about)
 
     def _watch(self) -> None:
         """Swap in another version once the alias names one; requests in flight keep theirs."""
         while not self._stop.wait(POLL_SECONDS):
             try:
-                if (
-                    find_model(self.model, self.storage).name
-                    != self.served.description.card.version
-                ):
+                if find_model(self.model, self.storage) != self.served.folder:
                     self.served = self._load()
                     logger.info("now serving %s", self.served.description.name)
             except Exception:  # A store that cannot be read for a while must not end the service.
@@ -156,12 +156,19 @@ def _resolve(wanted: str | int, class_names: list[str]) -> int | Refusal:
 
 @torch.inference_mode()
 def _images(G: Generator, requests: list[tuple[SampleRequest, int]]) -> list[np.ndarray]:
-    """The images of several requests, made in one forward."""
+    """The images of several requests, made together."""
     if not requests:
         return []
     device = next(G.parameters()).device
     latents = [sample_z(range(r.seed, r.seed + r.n), G.z_dim, r.truncation) for r, _ in requests]
     ids = torch.cat([torch.full((r.n,), found) for r, found in requests])
-    images = to_uint8(G(torch.cat(latents).to(device), ids.to(device))).cpu()
+    images = torch.cat(
+        [
+            to_uint8(G(z.to(device), y.to(device))).cpu()
+            for z, y in zip(
+                torch.cat(latents).split(G.sample_batch), ids.split(G.sample_batch), strict=True
+            )
+        ]
+    )
     parts = images.permute(0, 2, 3, 1).contiguous().split([r.n for r, _ in requests])
     return [part.numpy() for part in parts]

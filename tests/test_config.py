@@ -85,3 +85,17 @@ def test_presets_build(name):
 def test_unknown_preset():
     with pytest.raises(ValueError, match="'digit' is not known; there are: digits"):
         presets.get("digit")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(value):
+    with pytest.raises(ConfigError, match=r"total_kimg = .*finite"):
+        RunConfig().override({"total_kimg": value})
+
+
+def test_yaml_that_is_none_is_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    for content in (b"a: [1", b"\xff\xfe\x00"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"run.yaml is no readable YAML"):
+            RunConfig.from_yaml(file)

@@ -54,6 +54,7 @@ def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
     "flags,said",
     [
         (["--n", "0"], "--n 0: must be 1 or more"),
+        (["--seed", "-1"], "seed -1: must be from 0 to"),
         (["--truncation", "-1"], "truncation"),
         (["--classes", "cat"], "cat"),
         (["--model", "absent"], "not in the store"),

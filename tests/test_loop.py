@@ -9,6 +9,7 @@ from conftest import tiny, train_here
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import biggan
 from biggan.checkpoint import STATE, Standing
 from biggan.config import ConfigError
 from biggan.loop import WORST_FID, TrainingLoop, non_finite_weight
@@ -140,15 +141,17 @@ def test_a_run_can_be_made_longer(digits, tmp_path):
     assert [row["kimg"] for row in read_metrics(run)] == [0.256, 0.512]
 
 
-def test_a_damaged_checkpoint_is_named_and_not_used(digits, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_not_used(digits, tmp_path, caplog):
     run = Folder(str(tmp_path / "damaged"))
     train_here(tiny(total_kimg=0.256), run, digits)
-    folder, _ = best_checkpoint(run)
-    state = tmp_path / "damaged" / folder.name / STATE
+    before, latest = list(checkpoints(run))[-2:]
+    state = tmp_path / "damaged" / latest / STATE
     content = state.read_bytes()
     state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(StorageError, match=rf"{folder.name}/state.pt is damaged"):
-        train_here(tiny(), run, digits)
+    with pytest.raises(StorageError, match=rf"{latest}/state.pt is damaged"):
+        biggan.evaluate(checkpoint=f"{run}/{latest}")
+    assert latest_checkpoint(run).name == before
+    assert f"{latest} is damaged; resuming from the checkpoint before" in caplog.text
     (state.parent / "checkpoint.json").write_text("{")
     with pytest.raises(StorageError, match=r"checkpoint.json is damaged"):
         checkpoints(run)

@@ -6,6 +6,8 @@ import scipy.linalg
 import torch
 from conftest import tiny
 
+from biggan.config import ConfigError
+from biggan.errors import UserError
 from biggan.evaluation import evaluate, measure
 from biggan.latents import sample_z
 from biggan.metrics.extractors import load_extractor, train_classifier
@@ -14,7 +16,6 @@ from biggan.metrics.frechet import Moments, frechet_distance
 from biggan.models import load_generator
 from biggan.parallel import CPU, Workers
 from biggan.pixels import from_uint8, to_uint8
-from biggan.storage import StorageError
 
 
 def test_moments_are_numpys():
@@ -107,7 +108,7 @@ def test_the_classifier_is_deterministic_and_accurate(digits):
 
 
 def test_unknown_extractor(digits):
-    with pytest.raises(StorageError, match="'vgg' is not known; known: classifier"):
+    with pytest.raises(ConfigError, match="'vgg' is not known; known: classifier"):
         load_extractor("vgg", digits.folder, CPU)
 
 
@@ -120,5 +121,10 @@ def test_evaluating_runs_checkpoints_and_models(tiny_run, tiny_model):
     assert of_model.value == pytest.approx(tiny_model.card.fid, rel=1e-6)
     assert of_model.protocol == tiny_model.card.fid_protocol
     assert evaluate(run="tiny", num_samples=100).num_samples == 100
-    with pytest.raises(ValueError, match="exactly one"):
+    truncated = evaluate(model="tiny", truncation=0.2, num_samples=32)
+    assert truncated.protocol["truncation"] == 0.2
+    assert truncated.value != of_model.value
+    with pytest.raises(UserError, match="num_samples is 1, must be 2 or more"):
+        evaluate(model="tiny", num_samples=1)
+    with pytest.raises(UserError, match="exactly one"):
         evaluate(run="tiny", model="tiny")

@@ -120,7 +120,7 @@ def test_what_does_not_fit(resolution, changes, said):
         Generator(ModelConfig(**changes), resolution=resolution, channels=3, n_classes=5)
 
 
-def test_samples_do_not_depend_on_their_batch():
+def test_samples_do_not_depend_on_their_batch(monkeypatch):
     G, _ = pair(16, channels=1)
     G.eval()
     together = G.sample([0, 1, 2, 1], seed=[7, 8, 9, 10], truncation=0.5)
@@ -128,7 +128,9 @@ def test_samples_do_not_depend_on_their_batch():
     assert together.dtype == np.uint8
     alone = G.sample(1, seed=10, truncation=0.5)
     assert np.abs(together[3].astype(int) - alone[0].astype(int)).max() <= 1
-    in_parts = G.sample([0, 1, 2, 1], seed=[7, 8, 9, 10], truncation=0.5, batch_size=3)
+    assert G.sample_batch == 256
+    monkeypatch.setattr(Generator, "sample_batch", 3)
+    in_parts = G.sample([0, 1, 2, 1], seed=[7, 8, 9, 10], truncation=0.5)
     assert np.abs(together.astype(int) - in_parts.astype(int)).max() <= 1
     consecutive = G.sample([2, 2], seed=4)
     assert np.abs(consecutive[1].astype(int) - G.sample(2, seed=5)[0].astype(int)).max() <= 1

@@ -123,12 +123,18 @@ def restore_generator(folder: Folder, G: Generator) -> CheckpointInfo:
     return info
 
 
+def is_undamaged(folder: Folder) -> bool:
+    """Whether a checkpoint's state is what was written."""
+    info = CheckpointInfo.read(folder)
+    return hashlib.sha256(folder.read_bytes(STATE)).hexdigest() == info.state_sha256
+
+
 def _read_state(folder: Folder, info: CheckpointInfo) -> dict[str, Any]:
     content = folder.read_bytes(STATE)
     if hashlib.sha256(content).hexdigest() != info.state_sha256:
         raise StorageError(
             f"{folder}/{STATE} is damaged: {len(content)} bytes that do not match the"
-            f" {info.state_bytes} written; delete this checkpoint to use the one before"
+            f" {info.state_bytes} written; use another checkpoint"
         )
     loaded: dict[str, Any] = torch.load(io.BytesIO(content), "cpu", weights_only=True)
     return loaded

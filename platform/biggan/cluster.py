@@ -9,29 +9,41 @@ from typing import Any
 
 import ray
 import ray.data
+import torch
+
+from biggan.parallel import CPU, Workers
 
 
 def connect() -> None:
     """Connect this process to Ray, unless it already is.
 
-    The cluster is that of $RAY_ADDRESS (set inside a submitted job), else one running on this
-    machine (`ray start --head`), else a new one that lives as long as this process, with its
-    dashboard on loopback and token authentication on. Raises ConnectionError if $RAY_ADDRESS
-    leads nowhere.
+    The cluster is that of $RAY_ADDRESS (set inside a submitted job), else one that `ray start`
+    began on this machine, else a new one that lives as long as this process, with its dashboard
+    on loopback and token authentication on. Raises ConnectionError if $RAY_ADDRESS leads nowhere.
     """
     if ray.is_initialized():
         return
     # It warns that authentication is on, which it should be.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": logging.WARNING}
-    try:
-        ray.init(address="auto", **options)
-    except ConnectionError:
-        if "RAY_ADDRESS" in os.environ:
-            raise
+    if "RAY_ADDRESS" not in os.environ:
         # One's own machine gives no notice before it goes.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(address="local", include_dashboard=True, **options)
+    try:
+        # Not address="auto", which would join the private cluster of any process on the machine.
+        ray.init(**options)
+    except ConnectionError:  # What `ray start` began is gone.
+        if "RAY_ADDRESS" in os.environ:
+            raise
+        ray.init(address="local", **options)
+
+
+def own_device() -> torch.device:
+    """The GPU that Ray set aside for this task or actor, else the CPU.
+
+    Ray leaves GPUs visible to tasks that asked for none.
+    """
+    return Workers.current().device if ray.get_gpu_ids() else CPU
 
 
 def quiet_ray_data() -> None:

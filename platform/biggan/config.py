@@ -30,7 +30,9 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -185,7 +187,12 @@ class RunConfig(Section):
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunConfig:
         """Read a YAML file of nested sections; raises `ConfigError` on anything unfit."""
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{path} is no readable YAML: {' '.join(str(error).split())}"
+            ) from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of settings")
         return cls.parse(values)

@@ -25,9 +25,10 @@ from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
 from biggan.data.dataset import Dataset, DatasetInfo
 from biggan.loop import TrainingLoop, print_line, reason_to_stop
+from biggan.metrics.extractors import check_extractor
 from biggan.networks import check_model
 from biggan.parallel import Workers
-from biggan.runs import best_checkpoint, checkpoints, open_run, read_metrics
+from biggan.runs import best_checkpoint, checkpoints, latest_checkpoint, open_run, read_metrics
 from biggan.storage import Folder, locate
 
 
@@ -140,6 +141,7 @@ def _already_over(config: RunConfig, run: Folder) -> str:
 
 def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:
     """Raise `ConfigError` unless the configuration fits the dataset and the number of workers."""
+    check_extractor(config.eval.extractor)
     check_model(config.model, dataset.resolution)
     check_batch(config, workers)
 
@@ -180,14 +182,14 @@ def train_worker(spec: dict[str, Any]) -> str:
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
     torch.set_num_threads(spec["threads"])
     run = Folder(spec["run"])
-    latest = ray.train.get_checkpoint()
     loop = TrainingLoop(
         RunConfig.parse(spec["config"]),
         Dataset.open(spec["dataset"]),
         run,
         Workers.current(get_device()),
         _report,
-        resume_from=run / Path(latest.path).name if latest else None,
+        # Not `ray.train.get_checkpoint()`, which does not look whether it is damaged.
+        resume_from=latest_checkpoint(run),
         say=None if spec["quiet"] else print_line,
     )
     return loop.run()

@@ -20,9 +20,8 @@ from biggan.parallel import Workers
 from biggan.runs import RunRecord, best_checkpoint
 from biggan.storage import Folder, StorageError, locate
 
-STANDING_BATCHES = 64
-STANDING_BATCH_SIZE = 256
-"""Batches, and images in each, that standing statistics are collected over."""
+STANDING_IMAGES = 16_384
+"""Images that standing statistics are collected over."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ def collect_standing_statistics(
     classes = ClassSampler(counts)
     device = next(G.parameters()).device
     with standing_statistics(G):
-        for _ in range(STANDING_BATCHES):
-            seeds = draws.integers(2**62, size=STANDING_BATCH_SIZE).tolist()
+        for _ in range(STANDING_IMAGES // G.sample_batch):
+            seeds = draws.integers(2**62, size=G.sample_batch).tolist()
             z = sample_z(seeds, G.z_dim, truncation)
-            G(z.to(device), classes.draw(draws, STANDING_BATCH_SIZE).to(device))
+            G(z.to(device), classes.draw(draws, G.sample_batch).to(device))
 
 
 def evaluate(
@@ -81,6 +80,8 @@ def evaluate(
     """
     if [run, checkpoint, model].count(None) != 2:
         raise UserError("give exactly one of run, checkpoint and model")
+    if num_samples is not None and num_samples < 2:
+        raise UserError(f"num_samples is {num_samples}, must be 2 or more: FID needs a covariance")
     device = Workers.current().device
     standing = 0
     if model is not None:
@@ -108,7 +109,7 @@ def evaluate(
     return measure(
         G,
         data,
-        num_samples=num_samples or config.eval.num_samples,
+        num_samples=config.eval.num_samples if num_samples is None else num_samples,
         extractor=extractor,
         truncation=truncation,
         standing=standing,
@@ -128,5 +129,10 @@ def measure(
     workers = Workers(0, 1, next(G.parameters()).device)
     evaluator = Evaluator(dataset, load_extractor(extractor, dataset.folder, workers.device))
     return evaluator.fid(
-        G, workers, num_samples=num_samples, truncation=truncation, standing_statistics=standing
+        G,
+        workers,
+        num_samples=num_samples,
+        batch_size=G.sample_batch,
+        truncation=truncation,
+        standing_statistics=standing,
     )

@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from biggan.cluster import connect, largest_node, quiet_ray_data
+from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
 from biggan.data.dataset import Progress, encode
 from biggan.models import find_model, load_generator
-from biggan.parallel import Workers
 from biggan.pixels import to_pil
-from biggan.storage import Folder
+from biggan.storage import Folder, absolute
 
 Format = Literal["png", "parquet"]
 PART_IMAGES = 1024
@@ -30,7 +29,7 @@ class _Part:
     def __init__(
         self, model: str, truncation: float | None, output: str, file_format: Format
     ) -> None:
-        self.G = load_generator(model, device=Workers.current().device)
+        self.G = load_generator(model, device=own_device())
         self.truncation = truncation
         self.output = Folder(output)
         self.write = self._write_png if file_format == "png" else self._write_parquet
@@ -80,6 +79,7 @@ def generate(
     model.
     """
     folder = find_model(model, root)
+    output = absolute(output)  # Where the actors run, a relative path would lead elsewhere.
     connect()
     plan = [
         {

@@ -45,10 +45,11 @@ def sample_z(seeds: Sequence[int], z_dim: int, truncation: float | None = None) 
     With `truncation` t > 0 each component is a standard normal conditioned on |z| <= t, which is
     what resampling until it fits gives (paper, section 3.1). It is drawn by inverting the
     distribution function, so that z moves smoothly as t does. None is the untruncated normal.
+    Raises `UserError` for a seed or truncation out of range.
     """
     draws = np.empty((len(seeds), z_dim))
     for row, seed in zip(draws, seeds, strict=True):
-        rng(seed, Stream.SAMPLE).random(out=row)
+        rng(check_seed(seed), Stream.SAMPLE).random(out=row)
     uniform = torch.from_numpy(draws)
     if truncation is not None:
         below = torch.special.ndtr(torch.tensor(-check_truncation(truncation)).double())
@@ -56,6 +57,13 @@ def sample_z(seeds: Sequence[int], z_dim: int, truncation: float | None = None) 
     # random() includes 0, whose normal quantile is minus infinity.
     z: torch.Tensor = torch.special.ndtri(uniform.clamp(min=torch.finfo(torch.float64).tiny))
     return z.float()
+
+
+def check_seed(seed: int) -> int:
+    """Return `seed` if it is usable; raises `UserError` otherwise."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed {seed}: must be from 0 to {MAX_SEED}")
+    return seed
 
 
 def check_truncation(truncation: float) -> float:

@@ -105,9 +105,13 @@ class ModelStore:
         return found
 
     def add(self, G: Generator, card: ModelCard, samples: np.ndarray, columns: int) -> Folder:
-        """Write a version, `card.version`, which comes into being whole or not at all."""
+        """Write a version, `card.version`, which comes into being whole or not at all.
+
+        Raises `StorageError` if it is there, which another promotion at the same time can bring
+        about.
+        """
         folder = self.folder / card.version
-        with folder.created_whole(marker=CARD) as draft:
+        with folder.created_whole(marker=CARD, replace=False) as draft:
             draft.write_json(CONFIG, describe(G).model_dump(mode="json"))
             draft.write_bytes(WEIGHTS, weights_of(G))
             picture = io.BytesIO()
@@ -115,6 +119,12 @@ class ModelStore:
             draft.write_bytes(SAMPLES, picture.getvalue())
             draft.write_json(CARD, card.model_dump(mode="json"))
         return folder
+
+    def relicense(self, card: ModelCard, licence: str) -> ModelCard:
+        """Write a licence onto a version's card; returns the card."""
+        card = card.model_copy(update={"licence": licence})
+        (self.folder / card.version).write_json(CARD, card.model_dump(mode="json"))
+        return card
 
     def next_version(self) -> str:
         """The name of the version that comes after the newest: v1, v2, ..."""

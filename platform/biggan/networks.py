@@ -229,13 +229,17 @@ class Generator(nn.Module):
                 h = self.attention[str(k)](h)
         return torch.tanh(self.conv_out(F.relu(self.bn_out(h))))
 
+    @property
+    def sample_batch(self) -> int:
+        """Images generated at a time outside training: 256 up to 128 pixels, then fewer."""
+        return max(1, 256 * 128**2 // max(self.resolution, 128) ** 2)
+
     @torch.inference_mode()
     def sample(
         self,
         class_ids: int | Sequence[int],
         seed: int | Sequence[int] = 0,
         truncation: float | None = None,
-        batch_size: int = 256,
     ) -> np.ndarray:
         """Images of the given classes: uint8 `[N, resolution, resolution, channels]`.
 
@@ -245,6 +249,8 @@ class Generator(nn.Module):
         varied); None is no truncation. Raises `UserError` for a class or truncation out of range.
         """
         ids = [class_ids] if isinstance(class_ids, int) else list(class_ids)
+        if not ids:
+            raise UserError("no classes given: name one for each image")
         seeds = range(seed, seed + len(ids)) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(ids):
             raise UserError(f"{len(seeds)} seeds for {len(ids)} images: give one seed an image")
@@ -255,8 +261,10 @@ class Generator(nn.Module):
         z = sample_z(seeds, self.z_dim, truncation)
         y = torch.tensor(ids)
         images = [
-            to_uint8(self(z[i : i + batch_size].to(device), y[i : i + batch_size].to(device))).cpu()
-            for i in range(0, len(ids), batch_size)
+            to_uint8(self(some_z.to(device), some_y.to(device))).cpu()
+            for some_z, some_y in zip(
+                z.split(self.sample_batch), y.split(self.sample_batch), strict=True
+            )
         ]
         return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
 

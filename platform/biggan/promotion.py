@@ -15,7 +15,7 @@ from biggan.config import RunConfig
 from biggan.data.dataset import Dataset
 from biggan.errors import UserError
 from biggan.evaluation import (
-    STANDING_BATCHES,
+    STANDING_IMAGES,
     Candidate,
     collect_standing_statistics,
     load_checkpoint,
@@ -47,14 +47,15 @@ def promote(
     sweep: str | None = None,
     name: str | None = None,
     force: bool = False,
-    licence: str = "not stated",
+    licence: str | None = None,
     root: str | None = None,
 ) -> Promotion:
     """Export the generator with the lowest FID of a run or a sweep as a version of model `name`.
 
     Its batch-norm moments are recomputed as standing statistics and its FID is measured again with
     them. `name` is by default that of the dataset. With `force`, `best` points to the version
-    whatever its FID. A checkpoint that is in the store already is not exported twice. Raises
+    whatever its FID. A checkpoint that is in the store already is not exported twice; a `licence`
+    is then written onto its card. Raises
     `StorageError` if there is no such run or sweep, or nothing in it was evaluated.
     """
     if (run is None) == (sweep is None):
@@ -62,7 +63,9 @@ def promote(
     source = locate("runs", run, root) if run is not None else best_trial(str(sweep), root)
     candidate = load_checkpoint(best_checkpoint(source)[0], Workers.current().device)
     store = ModelStore(name or default_name(candidate.record.config), root)
-    card = _already_there(store, candidate) or _export(store, candidate, licence, root)
+    card = _already_there(store, candidate) or _export(store, candidate, licence or "", root)
+    if licence is not None and licence != card.licence:
+        card = store.relicense(card, licence)
     is_best, reason = _move_best(store, card, force)
     return Promotion(store.folder / card.version, card, is_best, reason)
 
@@ -102,13 +105,18 @@ def _already_there(store: ModelStore, candidate: Candidate) -> ModelCard | None:
 def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | None) -> ModelCard:
     record, info = candidate.record, candidate.info
     dataset = Dataset.open(record.config.dataset, root)
+    if dataset.info.fingerprint != record.dataset.fingerprint:
+        raise StorageError(
+            f"run {candidate.checkpoint.parent.name} was trained on other images than dataset"
+            f" {record.config.dataset} holds now: prepare the dataset as it was, or train again"
+        )
     collect_standing_statistics(candidate.G, dataset.info.counts)
     fid = measure(
         candidate.G,
         dataset,
         num_samples=record.config.eval.num_samples,
         extractor=record.config.eval.extractor,
-        standing=STANDING_BATCHES,
+        standing=STANDING_IMAGES,
     )
     run = candidate.checkpoint.parent
     card = ModelCard(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -17,10 +18,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo
+from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, is_undamaged
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.storage import Folder, StorageError
+
+logger = logging.getLogger(__name__)
 
 RECORD = "config.json"
 METRICS = "metrics.jsonl"
@@ -110,9 +113,12 @@ def checkpoints(folder: Folder) -> dict[str, CheckpointInfo]:
 
 
 def latest_checkpoint(folder: Folder) -> Folder | None:
-    """A run's newest whole checkpoint; None if there is none."""
-    names = list(checkpoints(folder))
-    return folder / names[-1] if names else None
+    """A run's newest undamaged checkpoint, to resume from; None if there is none."""
+    for name in reversed(checkpoints(folder)):
+        if is_undamaged(folder / name):
+            return folder / name
+        logger.warning("%s is damaged; resuming from the checkpoint before", folder / name)
+    return None
 
 
 def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:

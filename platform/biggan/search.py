@@ -22,11 +22,11 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
-from biggan.cluster import connect, largest_node
+from biggan.cluster import connect, largest_node, own_device
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import Dataset, DatasetInfo
 from biggan.distributed import Scaling, check_fit, ray_run_config, train_worker, worker_spec
-from biggan.loop import TrainingLoop
+from biggan.loop import KeepCheckpoints, Report, TrainingLoop
 from biggan.parallel import Workers
 from biggan.runs import latest_checkpoint, open_run
 from biggan.storage import Folder, locate
@@ -36,6 +36,8 @@ Space = Mapping[str, Domain | str]
 """What is searched: dotted field names, and what values each may take (see `parse_domain`)."""
 
 PLAN = "sweep.json"
+SHARED = {"dataset", "total_kimg", "eval", "checkpoint"}
+"""Fields, and sections of them, that every trial of a sweep has in common."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,15 @@ def _check_space(
 ) -> None:
     """Raise `ConfigError` if a field is unknown, or the ends of its values make no valid run."""
     for field_name, domain in domains.items():
-        for value in _ends(domain):
+        if field_name.split(".")[0] in SHARED:
+            raise ConfigError(
+                f"search space {field_name}: trials can be compared only if they share it; it is"
+                " set for the whole sweep"
+            )
+        ends = _ends(domain)
+        if not ends or (isinstance(domain, Float | Integer) and domain.lower >= domain.upper):
+            raise ConfigError(f"search space {field_name}: {_text(domain)} holds no values")
+        for value in ends:
             check_fit(config.override({field_name: value}), info, search.workers_per_trial)
 
 
@@ -231,10 +241,8 @@ def _trial(
             trial_config,
             Dataset.open(dataset.uri),
             run,
-            Workers.current(),
-            _report,
-            # Not `tune.get_checkpoint()`: Tune notes its state only every few seconds, so that the
-            # last it remembers of a trial may be behind what the trial's folder holds.
+            Workers(0, 1, own_device()),
+            _report_keeping(run, trial_config.checkpoint.keep),
             resume_from=latest_checkpoint(run),
             say=None,
         ).run()
@@ -264,10 +272,20 @@ def _begin_trial(
     return run, open_run(run, config.override(values), info)
 
 
-def _report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
-    tune.report(
-        metrics, checkpoint=tune.Checkpoint.from_directory(checkpoint) if checkpoint else None
-    )
+def _report_keeping(run: Folder, keep: int) -> Report:
+    """A report to Tune, with checkpoints kept in the run's own folder.
+
+    Tune's own keeping would not do: it notes its state only every few seconds, so that the last it
+    remembers of a trial may be behind what the trial's folder holds, and it gives a trial that it
+    did not remember another folder.
+    """
+    keeper = KeepCheckpoints(run, keep)
+
+    def report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
+        keeper(metrics, checkpoint)
+        tune.report(metrics)
+
+    return report
 
 
 def _new_tuner(
@@ -300,11 +318,6 @@ def _new_tuner(
         run_config=tune.RunConfig(
             name=folder.name,
             storage_path=folder.parent.uri,
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=config.checkpoint.keep,
-                checkpoint_score_attribute="checkpoint_fid",
-                checkpoint_score_order="min",
-            ),
             callbacks=[LiveTable(list(domains), config, search.num_trials)],
             verbose=0,
         ),

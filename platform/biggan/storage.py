@@ -36,15 +36,21 @@ class StorageError(UserError):
     """A name or place in storage that cannot be used, or does not hold what was asked for."""
 
 
-def storage_root(root: str | None = None) -> str:
-    """The storage root: `root` if given, else $BIGGAN_STORAGE, else ./storage; made absolute.
+def absolute(path: str) -> str:
+    """A local path made absolute; a URI as it is.
 
     The working directory of a submitted job is a copy that is deleted after it. There, a relative
     path counts from the home directory instead.
     """
-    root = root or os.environ.get("BIGGAN_STORAGE") or DEFAULT_ROOT
+    if "://" in path:
+        return path
     base = Path.home() if SUBMITTED in os.environ else Path.cwd()
-    return root if "://" in root else str((base / root).resolve())
+    return str((base / Path(path).expanduser()).resolve())
+
+
+def storage_root(root: str | None = None) -> str:
+    """The storage root: `root` if given, else $BIGGAN_STORAGE, else ./storage; made absolute."""
+    return absolute(root or os.environ.get("BIGGAN_STORAGE") or DEFAULT_ROOT)
 
 
 def check_name(name: str) -> str:
@@ -62,7 +68,7 @@ def locate(kind: Kind, name: str, root: str | None = None) -> Folder:
     if "://" in name:
         return Folder(name.rstrip("/"))
     if "/" in name or name in (".", ".."):
-        return Folder(str(Path(name).resolve()))
+        return Folder(absolute(name))
     return Folder(storage_root(root)) / kind / check_name(name)
 
 
@@ -117,6 +123,10 @@ class Folder:
     def is_local(self) -> bool:
         """Whether the folder is on this machine's own filesystem."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def is_folder(self) -> bool:
+        """Whether this is a folder, and not a file or nothing."""
+        return bool(self._info("").type == fs.FileType.Directory)
 
     def exists(self, file: str = "") -> bool:
         """Whether the folder, or a file or folder in it, exists."""
@@ -185,17 +195,20 @@ class Folder:
         fs.copy_files(str(local), self.path, destination_filesystem=self.filesystem)
 
     @contextmanager
-    def created_whole(self, marker: str) -> Iterator[Folder]:
+    def created_whole(self, marker: str, *, replace: bool = True) -> Iterator[Folder]:
         """Fill a new folder that comes into being whole or not at all.
 
         Yields a folder with a temporary name beside this one. If the body succeeds it takes this
         one's place; if it fails it is deleted. On a local disk that is one rename; on an object
         store the file `marker`, whose presence means the folder is complete, is copied last.
+        Without `replace`, raises `StorageError` if there is such a folder by then.
         """
         draft = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.partial"
         draft.filesystem.create_dir(draft.path, recursive=True)
         try:
             yield draft
+            if not replace and self.exists():
+                raise StorageError(f"{self} has come into being meanwhile: run the command again")
             if self.is_local:
                 old = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.old"
                 if self.exists():

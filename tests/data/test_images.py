@@ -83,6 +83,39 @@ def test_exif_orientation_is_applied():
     assert pixels[5:].max() < 50
 
 
+def test_a_damaged_orientation_leaves_the_image_as_it_is():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (10, 200, 30)).save(file, "PNG", exif=b"Exif\0\0not a TIFF header")
+    pixels = standardize(Image.open(io.BytesIO(file.getvalue())), 8, 3)
+    assert pixels[4, 4].tolist() == [10, 200, 30]
+
+
+def test_transparency_of_sixteen_bits():
+    values = np.full((8, 8), 40_000, np.uint16)
+    values[:, :4] = 1234
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG", transparency=1234)
+    image = Image.open(io.BytesIO(file.getvalue()))
+    assert image.info["transparency"] == 1234
+    pixels = standardize(image, 8, 1, background=(255, 255, 255))[:, :, 0]
+    assert pixels[4].tolist() == [255] * 4 + [156] * 4
+
+
+def test_whole_numbers_of_32_bits():
+    eight = np.arange(64, dtype=np.int32).reshape(8, 8)
+    assert np.array_equal(standardize(Image.fromarray(eight), 8, 1)[:, :, 0], eight)
+    wide = np.linspace(-(2**31), 2**31 - 1, 64).astype(np.int32).reshape(8, 8)
+    pixels = standardize(Image.fromarray(wide), 8, 1)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def test_what_padding_would_leave_nothing_of():
+    thin = Image.new("RGB", (1000, 1))
+    with pytest.raises(ImageError, match="1000x1 pixels: too narrow"):
+        standardize(thin, 16, 3, fit="pad")
+    assert standardize(thin, 16, 3).shape == (16, 16, 3)
+
+
 def test_crop_and_pad():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 100  # The middle square.

@@ -1,7 +1,9 @@
 """From files to a dataset, damage included."""
 
 import json
+import os
 import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -100,7 +102,11 @@ def test_too_much_damage_fails_and_leaves_nothing(photos, storage, cluster, bad)
         expected = "none of the 200 files"
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
-    assert sum(line.startswith("rejected ") for line in said) == bad
+    rejected = [line.split(": ")[0] for line in said if line.startswith("rejected ")]
+    classes = ["rejected cats", "rejected dogs"] if bad == 200 else []
+    assert sorted(rejected) == sorted(
+        [f"rejected {path.relative_to(photos)}" for path in files] + classes
+    )
     assert sorted(path.name for path in storage.rglob("*")) == before
 
 
@@ -120,12 +126,46 @@ def test_sources_without_classes(tmp_path, make, said):
         open_source(str(root))
 
 
-def test_a_single_class_is_no_dataset(tmp_path, storage, cluster):
-    draw(tmp_path / "one" / "only" / "a.png", 0)
-    done = job("prepare", "--source", str(tmp_path / "one"), "--resolution", "8", status=2)
-    lines = done.stderr.splitlines()
-    assert "error: only class 'only' has usable images" in lines[-1]
-    assert not any("Traceback" in line for line in lines)
+def test_a_single_class_is_a_dataset_with_a_warning(tmp_path, storage, cluster):
+    for i in range(30):
+        draw(tmp_path / "one" / "only" / f"{i}.png", i)
+    done = job("prepare", "--source", f"{tmp_path}/one/", "--resolution", "8")
+    assert "warning: all images are of one class, 'only'" in done.stdout
+    assert "dataset one: 30 images, 1 classes, 0 rejected" in done.stdout
+    assert Dataset.open("one").info.counts == [30]
+
+
+def test_a_folder_that_is_no_dataset_is_never_replaced(photos, storage, monkeypatch):
+    monkeypatch.chdir(photos)
+    for flags in (["--name", str(photos)], ["--name", f"{photos}/cats"]):
+        done = job("prepare", "--source", str(photos), *flags, "--overwrite", status=2)
+        assert "exists and is no prepared dataset" in done.stderr
+    assert len(list(photos.rglob("*.*"))) == 200
+
+
+def test_oddities_of_a_folder_are_listed(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    draw(root / "a" / "deep" / "0.png", 0)
+    draw(elsewhere / "1.png", 1)
+    (root / "b").symlink_to(elsewhere)  # A class may be a link.
+    (root / "a" / "around").symlink_to(root / "a")
+    (root / "a" / "gone.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "a" / "pipe.png")
+    shutil.copy(root / "a" / "deep" / "0.png", os.fsencode(root / "a") + b"/caf\xe9.png")
+    source = open_source(str(root))
+    assert [item.ref for item in source.items] == ["a/deep/0.png", "b/1.png"]
+    assert {r.path: r.reason.split(":")[0].split(",")[0] for r in source.rejected} == {
+        "a/around": "a link to a folder that it lies in",
+        "a/gone.png": "not a file",
+        "a/pipe.png": "not a file",
+        "a/caf\\xe9.png": "its name is not valid UTF-8",
+    }
+
+
+def test_a_file_is_no_source(tmp_path):
+    draw(tmp_path / "a.png", 0)
+    with pytest.raises(SourceError, match="is a file: expected a folder"):
+        open_source(str(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +174,7 @@ def test_a_single_class_is_no_dataset(tmp_path, storage, cluster):
         (["--resolution", "48"], "resolution 48: must be one of"),
         (["--max-rejected", "2"], "max_rejected 2.0: must be from 0 to 1"),
         (["--name", "a b"], "name 'a b': use letters"),
+        (["--background", "0", "0", "256"], "background (0, 0, 256): must be RGB, 0 to 255"),
     ],
 )
 def test_bad_flags(flags, said, storage):
@@ -141,10 +182,12 @@ def test_bad_flags(flags, said, storage):
 
 
 def test_classes_are_in_natural_order(tmp_path):
-    for name in ("10", "9", "2", "b1", "b10", "b2"):
+    names = ["1", "01", "2", "9", "10", "b1", "b2", "b10", "\uff11"]
+    for name in reversed(names):
         draw(tmp_path / name / "a.png", 0)
-    assert ClassFolders(Folder(str(tmp_path))).classes == ["2", "9", "10", "b1", "b2", "b10"]
-    assert natural("x10y") == ["x", 10, "y"]
+    found = ClassFolders(Folder(str(tmp_path))).classes
+    assert found == ["01", "1", "2", "9", "10", "b1", "b2", "b10", "\uff11"]
+    assert natural("x10y") == (["x", 10, "y"], "x10y")
 
 
 def test_files_outside_classes_are_listed(tmp_path):

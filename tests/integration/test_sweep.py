@@ -15,7 +15,7 @@ from conftest import ROOT, tiny
 
 import biggan
 from biggan.config import ConfigError, RunConfig
-from biggan.runs import read_metrics
+from biggan.runs import best_checkpoint, read_metrics
 from biggan.search import Search, parse_domain
 from biggan.storage import Folder, locate
 
@@ -90,6 +90,9 @@ def test_bad_trials_stop_early_and_the_best_is_no_worse_than_the_start(interrupt
     start = trials.loc["trial_00000"]
     assert start["optim.lr_g"] == 7e-4  # The configuration that the sweep was started from.
     assert trials["fid"].min() <= start["fid"]
+    for trial in trials.index:  # What is promoted lies where promotion looks.
+        _, info = best_checkpoint(folder / trial)
+        assert info.fid == trials["fid"][trial]
     spent = trials["kimg"].sum()
     assert f"saved {1 - spent / (TRIALS * 4.5):.0%} of the full grid's training" in printed
 
@@ -158,6 +161,10 @@ def test_trials_of_several_workers_stop_early_and_leave_no_worker_behind(digits)
         ({"optim.lr_g": "uniform(-1, 1)"}, "optim.lr_g"),
         ({"optim.batch_size": "choice([0, 32])"}, "optim.batch_size"),
         ({"model.attention": "choice([[8], [1024]])"}, "attention"),
+        ({"optim.batch_size": "choice([])"}, "optim.batch_size.*holds no values"),
+        ({"optim.num_D_steps": "randint(2, 2)"}, "optim.num_D_steps.*holds no values"),
+        ({"dataset": "choice(['a', 'b'])"}, "compared only if they share it"),
+        ({"eval.every_kimg": "choice([1, 2])"}, "compared only if they share it"),
     ],
 )
 def test_a_space_with_a_value_no_run_could_have_is_refused(digits, space, said):

@@ -35,7 +35,9 @@ def standardize(
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}: decompression bomb?")
-    image = ImageOps.exif_transpose(image)
+    if fit == "pad" and 2 * resolution * min(width, height) < max(width, height):
+        raise ImageError(f"{width}x{height} pixels: too narrow to be seen once padded to a square")
+    image = _upright(image)
     mode = "L" if channels == 1 else "RGB"
     image = _opaque_8_bit(image, background).convert(mode)
     side = resolution, resolution
@@ -48,9 +50,25 @@ def standardize(
     return pixels[:, :, None] if channels == 1 else pixels
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; as it is, if its EXIF data are damaged."""
+    image.load()  # Damaged pixels are an error.
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's reader of EXIF data raises anything at all.
+        return image
+
+
 def _opaque_8_bit(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        return _from_deep(np.asarray(image))
+        values = np.asarray(image)
+        grey = _from_deep(values)
+        # One grey value may stand for transparency.
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            mask = Image.fromarray((values == clear).astype(np.uint8) * 255)
+            grey.paste(ImageColor.getcolor("rgb({},{},{})".format(*background), "L"), mask=mask)
+        return grey
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
@@ -65,9 +83,11 @@ def _from_deep(values: np.ndarray) -> Image.Image:
     """
     if not np.isfinite(values).all():
         raise ImageError("pixels that are infinite or not a number")
-    if values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 65535:
+    whole, low, high = values.dtype.kind in "iu", float(values.min()), float(values.max())
+    if whole and values.dtype.itemsize > 2 and low >= 0 and high <= 255:
+        scaled = values.astype(np.float64)  # 8 bits that came in 32.
+    elif whole and low >= 0 and high <= 65535:
         scaled = values / 257
     else:
-        low, high = values.min(), values.max()
         scaled = (values - low) / max(high - low, np.finfo(np.float64).tiny) * 255.0
     return Image.fromarray(scaled.round().astype(np.uint8))

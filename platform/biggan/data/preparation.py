@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import torch
 
-from biggan.cluster import connect, largest_node, quiet_ray_data
+from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
 from biggan.config import RESOLUTIONS
 from biggan.data.dataset import (
     DESCRIPTION,
@@ -38,7 +39,6 @@ from biggan.errors import UserError
 from biggan.latents import Stream, rng
 from biggan.metrics.extractors import load_extractor, save_classifier, train_classifier
 from biggan.metrics.fid import Reference
-from biggan.parallel import Workers
 from biggan.storage import Folder, locate
 
 SHARD_IMAGES = 1024
@@ -80,6 +80,8 @@ class Preparation:
             raise PreparationError(f"resolution {self.resolution}: must be one of {RESOLUTIONS}")
         if self.channels not in (1, 3):
             raise PreparationError(f"channels {self.channels}: must be 1 (grey) or 3 (RGB)")
+        if len(self.background) != 3 or not all(0 <= part <= 255 for part in self.background):
+            raise PreparationError(f"background {self.background}: must be RGB, 0 to 255 each")
         if not 0 <= self.max_rejected <= 1:
             raise PreparationError(f"max_rejected {self.max_rejected}: must be from 0 to 1")
 
@@ -100,11 +102,16 @@ def prepare(
 
     A dataset that was already prepared from the same source in the same way is kept. Raises
     `PreparationError` if nothing usable is left, if more than `max_rejected` of the files are
-    unusable, or if a different dataset has the name and `overwrite` is off; storage is then as it
-    was before. Raises `SourceError` if the source has nothing to offer.
+    unusable, or if something else has the name (a different dataset with `overwrite` off, or a
+    folder that is no dataset); storage is then as it was before. Raises `SourceError` if the source
+    has nothing to offer.
     """
     folder = locate("datasets", name, root)
     source = open_source(preparation.source)
+    if folder.exists() and not folder.exists(DESCRIPTION):
+        raise PreparationError(
+            f"{folder} exists and is no prepared dataset: use another --name, or remove it yourself"
+        )
     if folder.exists() and not overwrite:
         return _existing(folder, preparation, source, progress)
     progress(f"preparing {len(source.items):,} images in {len(source.classes)} classes")
@@ -112,7 +119,10 @@ def prepare(
     with folder.created_whole(marker=DESCRIPTION) as draft:
         info = _write_images(preparation, source, draft, progress)
         _measure_reference(draft, progress)
-    progress(f"dataset {name}: {info.n_images:,} images, {len(info.classes)} classes, at {folder}")
+    progress(
+        f"dataset {folder.name}: {info.n_images:,} images, {len(info.classes)} classes,"
+        f" {len(info.rejected):,} rejected, at {folder}"
+    )
     return info
 
 
@@ -149,17 +159,17 @@ def _write_images(
         done += int(shard.counts.sum()) + len(shard.rejected)
         rate = done / (time.monotonic() - start)
         progress(f"prepared {done:,}/{len(source.items):,} images, {rate:,.0f} images/s")
-    _check_rejected(preparation, source, int(counts.sum()), rejected, progress)
     empty = [i for i, count in enumerate(counts) if count == 0]
     rejected += [
         Rejected(path=source.classes[i], reason="class without a readable image") for i in empty
     ]
+    _check_rejected(preparation, source, int(counts.sum()), rejected, progress)
     _drop_classes(draft, empty, len(counts))
     kept = [i for i in range(len(counts)) if i not in empty]
-    if len(kept) < 2:
-        raise PreparationError(
-            f"only class {source.classes[kept[0]]!r} has usable images: a class-conditional GAN"
-            " needs at least two classes"
+    if len(kept) == 1:
+        progress(
+            f"warning: all images are of one class, {source.classes[kept[0]]!r}: there is nothing"
+            " to choose by class"
         )
     info = DatasetInfo(
         classes=[source.classes[i] for i in kept],
@@ -298,17 +308,18 @@ def _measure_reference(draft: Folder, progress: Progress) -> None:
     """Train the built-in extractor and take the dataset's moments, on the best machine there is."""
     node = largest_node()
     progress("training the classifier whose features FID compares")
-    task = ray.remote(measure_reference).options(
-        num_cpus=max(1, node.cpus), num_gpus=min(1, node.gpus)
-    )
-    accuracy = ray.get(task.remote(draft))
+    # One core is claimed whatever is used: beside an endpoint that holds one, a task that claimed
+    # the whole machine would wait for ever.
+    task = ray.remote(measure_reference).options(num_cpus=1, num_gpus=min(1, node.gpus))
+    accuracy = ray.get(task.remote(draft, max(1, node.cpus)))
     progress(f"classifier: {accuracy:.1%} of held-out images right")
 
 
-def measure_reference(folder: Folder) -> float:
+def measure_reference(folder: Folder, threads: int) -> float:
     """Add the `classifier` extractor and its reference to a dataset; returns its accuracy."""
-    dataset = Dataset.open(folder.uri if "://" in folder.uri else folder.path)
-    device = Workers.current().device
+    torch.set_num_threads(threads)
+    dataset = Dataset.open(folder.uri)
+    device = own_device()
     network, accuracy = train_classifier(dataset, device, progress=print)
     save_classifier(network, accuracy, dataset, folder)
     Reference.measure(dataset, load_extractor("classifier", folder, device)).save(

@@ -5,6 +5,7 @@ A source lists its items cheaply on the driver; workers load them one by one.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cache
@@ -91,6 +92,74 @@ _LITTER = {"thumbs.db", "desktop.ini"}
 
 
 @dataclass
+class _Listing:
+    """What lies under a root, by path relative to it."""
+
+    folders: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _list_local(root: str) -> _Listing:
+    """List a folder on disk, through links, with what cannot be read as rejected."""
+    listing = _Listing()
+
+    def reject(path: str, reason: str) -> None:
+        shown = os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace")
+        listing.rejected.append(Rejected(path=shown, reason=reason))
+
+    def on_error(error: OSError) -> None:
+        reject(str(error.filename), f"cannot be listed: {error.strerror}")
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=on_error):
+        above = {Path(folder).resolve(), *Path(folder).resolve().parents}
+        folders[:] = [name for name in folders if not _is_litter(name)]
+        for name in list(folders):
+            path = Path(folder, name)
+            if path.is_symlink() and path.resolve() in above:
+                folders.remove(name)
+                reject(str(path), "a link to a folder that it lies in")
+            elif _is_text(str(path)):
+                listing.folders.append(os.path.relpath(path, root))
+        for name in files:
+            path = Path(folder, name)
+            if _is_litter(name):
+                continue
+            if not _is_text(str(path)):
+                reject(str(path), "its name is not valid UTF-8: rename it")
+            elif not path.is_file():
+                reject(str(path), "not a file, or a link that leads nowhere")
+            else:
+                listing.files.append(os.path.relpath(path, root))
+    return listing
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _list_remote(root: Folder) -> _Listing:
+    listing = _Listing()
+    for info in root.filesystem.get_file_info(fs.FileSelector(root.path, recursive=True)):
+        path = info.path.removeprefix(root.path).lstrip("/")
+        if any(_is_litter(part) for part in path.split("/")):
+            continue
+        if info.type == fs.FileType.Directory:
+            listing.folders.append(path)
+        else:
+            listing.files.append(path)
+    return listing
+
+
+@dataclass
 class ClassFolders:
     """A folder with one sub-folder a class; images may lie deeper within. Local or any URI."""
 
@@ -102,16 +171,13 @@ class ClassFolders:
     def __post_init__(self) -> None:
         if not self.root.exists():
             raise SourceError(f"--source {self.root} does not exist")
-        paths: dict[fs.FileType, list[str]] = {fs.FileType.Directory: [], fs.FileType.File: []}
-        for info in self.root.filesystem.get_file_info(
-            fs.FileSelector(self.root.path, recursive=True)
-        ):
-            path = info.path.removeprefix(self.root.path).lstrip("/")
-            hidden = any(part.startswith(".") for part in path.split("/"))
-            if not hidden and info.base_name.lower() not in _LITTER:
-                paths.setdefault(info.type, []).append(path)
-        files = sorted(paths[fs.FileType.File], key=natural)
-        folders = {path for path in paths[fs.FileType.Directory] if "/" not in path}
+        if not self.root.is_folder():
+            raise SourceError(
+                f"--source {self.root} is a file: expected a folder with one sub-folder a class"
+            )
+        listing = _list_local(self.root.path) if self.root.is_local else _list_remote(self.root)
+        files = sorted(listing.files, key=natural)
+        folders = {path for path in listing.folders if "/" not in path}
         used = {path.split("/")[0] for path in files if "/" in path}
         if not used:
             raise SourceError(
@@ -119,16 +185,19 @@ class ClassFolders:
                 f" in it, found {len(folders)} empty sub-folders and {len(files)} files"
             )
         self.classes = sorted(used, key=natural)
-        self.rejected = [
-            Rejected(path=path, reason="class folder without any file")
-            for path in sorted(folders - used, key=natural)
-        ]
         index = {name: i for i, name in enumerate(self.classes)}
         self.items = [Item(path, index[path.split("/")[0]]) for path in files if "/" in path]
-        self.rejected += [
-            Rejected(path=path, reason="lies outside any class folder")
-            for path in files
-            if "/" not in path
+        self.rejected = [
+            *listing.rejected,
+            *(
+                Rejected(path=path, reason="class folder without any file")
+                for path in sorted(folders - used, key=natural)
+            ),
+            *(
+                Rejected(path=path, reason="lies outside any class folder")
+                for path in files
+                if "/" not in path
+            ),
         ]
 
     @property
@@ -141,6 +210,7 @@ class ClassFolders:
         return Image.open(BytesIO(self.root.read_bytes(ref)))
 
 
-def natural(text: str) -> list[str | int]:
+def natural(text: str) -> tuple[list[str | int], str]:
     """Sort key under which "class 10" follows "class 9"."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
+    parts = re.split(r"([0-9]+)", text)  # Every second part is a number.
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text

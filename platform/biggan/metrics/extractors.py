@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from biggan.config import ConfigError
 from biggan.data.dataset import Dataset, DatasetInfo, Progress
 from biggan.latents import Stream, rng
 from biggan.pixels import from_uint8
@@ -145,10 +146,15 @@ def save_classifier(network: Classifier, accuracy: float, dataset: Dataset, fold
     folder.write_bytes(CLASSIFIER_FILE, save(tensors, metadata))
 
 
-def load_extractor(name: str, dataset_folder: Folder, device: torch.device) -> Extractor:
-    """The extractor `name` for a dataset; raises `StorageError` if there is none such."""
+def check_extractor(name: str) -> None:
+    """Raise `ConfigError` unless there is an extractor of that name."""
     if name != "classifier":
-        raise StorageError(f"extractor {name!r} is not known; known: classifier")
+        raise ConfigError(f"extractor {name!r} is not known; known: classifier")
+
+
+def load_extractor(name: str, dataset_folder: Folder, device: torch.device) -> Extractor:
+    """The extractor `name` for a dataset; raises `UserError` if there is none such."""
+    check_extractor(name)
     try:
         content = dataset_folder.read_bytes(CLASSIFIER_FILE)
     except FileNotFoundError:

@@ -82,7 +82,7 @@ class FID:
     truncation: float | None
     """None: latents were not truncated."""
     standing_statistics: int
-    """Batches the batch-norm moments were recomputed over; 0: the average kept in training."""
+    """Images the batch-norm moments were recomputed over; 0: the average kept in training."""
 
     @property
     def protocol(self) -> dict[str, Any]:
