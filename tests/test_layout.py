@@ -28,6 +28,13 @@ def modules() -> dict[str, Path]:
     }
 
 
+def test_the_readme_names_every_module():
+    readme = (ROOT / "README.md").read_text()
+    named = {name.split(".")[0] for name in modules()}
+    for name in named - {"data", "metrics"}:
+        assert f"{name}.py" in readme, name
+
+
 def test_platform_is_no_package():
     # A package named platform would hide the standard library's module and break Python.
     assert not (ROOT / "platform" / "__init__.py").exists()

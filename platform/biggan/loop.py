@@ -103,6 +103,8 @@ class TrainingLoop:
 
         Raises `ConfigError` if the configuration does not fit the dataset or the workers.
         """
+        # A resumed run is the uninterrupted one bit for bit: no kernels that add in any order.
+        torch.backends.cudnn.deterministic = True
         self.config = config
         self.workers = workers
         self.report = report
