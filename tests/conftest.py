@@ -94,7 +94,7 @@ def cluster():
         )
     # Ends the cluster once this process is gone, however it went.
     subprocess.Popen(
-        ["sh", "-c", f"read _; kill -9 -- -{head.pid}"],
+        ["sh", "-c", f"read _; kill -9 -{head.pid}"],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
