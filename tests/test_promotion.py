@@ -57,10 +57,11 @@ def test_the_weights_are_the_best_checkpoints_average(tiny_run, tiny_model):
 
 
 def test_a_checkpoint_is_not_exported_twice(tiny_model):
+    before = ModelStore("tiny").versions()
     again = biggan.promote(run="tiny", name="tiny")
     assert again.card == tiny_model.card
     assert again.reason == "it is tiny@best already"
-    assert ModelStore("tiny").versions() == ["v1"]
+    assert ModelStore("tiny").versions() == before
 
 
 def test_a_licence_can_be_stated_later(tiny_model):
