@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-quickstart: install  ## train digits on this machine, in 3 to 6 minutes, and look at them
+quickstart: install  ## train digits on this machine, in about 3 minutes, and look at them
 	$(BIN)/python jobs/quickstart.py
 	@$(BIN)/python tests/readability.py && echo "picture: $${BIGGAN_STORAGE:-storage}/digits.png" && \
 	  echo "serve it: make serve"
