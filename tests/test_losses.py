@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from biggan.config import ModelConfig
+from biggan.config import ModelConfig, RunConfig
 from biggan.losses import (
     LOSSES,
     add_orthogonal_gradient,
@@ -32,6 +32,21 @@ def test_bce_by_hand():
     real, fake = torch.tensor(real), torch.tensor(fake)
     assert LOSSES["bce"].d(real, fake).item() == pytest.approx(d, rel=1e-6)
     assert LOSSES["bce"].g(fake).item() == pytest.approx(g, rel=1e-6)
+
+
+def test_least_squares_and_wasserstein_by_hand():
+    real, fake = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 1.0])
+    # (0.5 - 1)^2, (2 - 1)^2 and (-3)^2, 1^2; for G (-3 - 1)^2, (1 - 1)^2
+    squares = LOSSES["least_squares"]
+    assert squares.d(real, fake).item() == (0.25 + 1) / 2 / 2 + (9 + 1) / 2 / 2
+    assert squares.g(fake).item() == (16 + 0) / 2 / 2
+    assert LOSSES["wasserstein"].d(real, fake).item() == -1 - 1.25
+    assert LOSSES["wasserstein"].g(fake).item() == 1
+
+
+def test_the_configuration_knows_every_objective():
+    for name in LOSSES:
+        assert RunConfig().override({"loss.name": name}).loss.name == name
 
 
 def test_orthogonal_penalties_by_hand():

@@ -61,8 +61,8 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The adversarial objective and the regularization of the weights."""
 
-    name: Literal["hinge", "bce"] = "hinge"
-    """hinge (the paper), or bce: the non-saturating binary cross-entropy of Goodfellow 2014."""
+    name: Literal["hinge", "bce", "least_squares", "wasserstein"] = "hinge"
+    """hinge (the paper), bce (non-saturating; Goodfellow 2014), least_squares or wasserstein."""
     ortho_g: float = Field(1e-4, ge=0)
     """Strength of orthogonal regularization on G's weights (the paper's beta); 0 is off."""
     ortho_d: float = Field(0.0, ge=0)

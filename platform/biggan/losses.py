@@ -32,6 +32,16 @@ LOSSES = {
         d=lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
         g=lambda fake: F.softplus(-fake).mean(),
     ),
+    # Mao et al. 2017 (arXiv 1611.04076), eq. 9: targets 1 for real, 0 for fake, 1 for G.
+    "least_squares": AdversarialLoss(
+        d=lambda real, fake: 0.5 * ((real - 1).square().mean() + fake.square().mean()),
+        g=lambda fake: 0.5 * (fake - 1).square().mean(),
+    ),
+    # Arjovsky et al. 2017 (arXiv 1701.07875), eq. 2. Spectral norm bounds D's slope, no clipping.
+    "wasserstein": AdversarialLoss(
+        d=lambda real, fake: fake.mean() - real.mean(),
+        g=lambda fake: -fake.mean(),
+    ),
 }
 
 
