@@ -40,7 +40,7 @@ def test_a_typo_suggests_the_nearest_name(typo, meant):
         ("optim.lr_g", -1, "greater than 0"),
         ("optim.lr_g", "fast", "valid number"),
         ("optim.batch_size", 1, "greater than or equal to 2"),
-        ("loss.name", "hinged", "'hinge' or 'bce'"),
+        ("loss.name", "hinged", "'hinge', 'bce', 'least_squares' or 'wasserstein'"),
         ("eval.patience", -3, "greater than or equal to 0"),
     ],
 )
