@@ -43,6 +43,8 @@ class Generate:
     """Keep latents in [-t, t]: smaller is more typical, less varied; by default not at all."""
     format: Literal["png", "parquet"] = "png"
     """What a folder is filled with."""
+    gpu: bool | None = None
+    """Whether a folder is filled by GPUs; if not said, whether the cluster has one by now."""
     storage: str | None = None
     """Storage root, path or URI; by default $BIGGAN_STORAGE, else ./storage."""
 
@@ -73,6 +75,7 @@ def main() -> None:
             seed=command.seed,
             truncation=command.truncation,
             file_format=command.format,
+            gpu=command.gpu,
             root=command.storage,
         )
     print(f"{command.n:,} images in {output}")

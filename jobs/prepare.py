@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,7 +49,8 @@ def default_name(source: str) -> str:
     """The last part of a source's path or URI."""
     if "://" in source:
         return source.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
-    return Path(source).expanduser().resolve().name
+    # Not `resolve()`: a link goes by its own name.
+    return Path(os.path.normpath(Path.cwd() / Path(source).expanduser())).name
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import requests
 import tyro
 from ray import serve
 
-from biggan.client import Client
 from biggan.cluster import connect
 from biggan.commands import parse, run_command
 from biggan.errors import UserError
@@ -44,6 +44,12 @@ def main() -> None:
     root = storage_root(command.endpoint.storage)
     folder = find_model(command.endpoint.model, root)
     connect()
+    url = f"http://{command.host}:{command.port}"
+    if serve.status().proxies and not _listens(command.host, command.port):
+        raise UserError(
+            f"Serve runs on this cluster already, and not at {url}: use the address that it was"
+            " started with, or end it with `serve shutdown`"
+        )
     serve.start(
         http_options={"host": command.host, "port": command.port},
         logging_config={"log_level": "WARNING"},
@@ -51,12 +57,6 @@ def main() -> None:
     # Replicas have working directories of their own: give them the root's full path.
     config = command.endpoint.model_copy(update={"storage": root})
     serve.run(build(config), name=NAME, route_prefix="/")
-    url = f"http://{command.host}:{command.port}"
-    if not Client(f"http://{_own(command.host)}:{command.port}", timeout=10).healthy():
-        raise UserError(
-            f"{url} does not answer: Serve listens elsewhere on this cluster already. Use the"
-            " address it was started with, or end it with `serve shutdown`"
-        )
     print(f"serving {folder.parent.name}@{folder.name} at {url}; its API: {url}/docs")
     print(
         f"try: curl -s {url}/v1/generate -H 'Content-Type: application/json'"
@@ -67,9 +67,15 @@ def main() -> None:
         _until_interrupted()
 
 
-def _own(host: str) -> str:
-    """The address by which this machine reaches what listens on `host`."""
-    return "127.0.0.1" if host in ("0.0.0.0", "") else host
+def _listens(host: str, port: int) -> bool:
+    """Whether a proxy of Serve answers at this address of this machine."""
+    with requests.Session() as session:
+        session.trust_env = False  # No way through a web proxy.
+        try:
+            own = "127.0.0.1" if host == "0.0.0.0" else host
+            return session.get(f"http://{own}:{port}/-/healthz", timeout=5).ok
+        except requests.RequestException:
+            return False
 
 
 def _until_interrupted() -> None:

@@ -143,7 +143,7 @@ def test_a_run_can_be_made_longer(digits, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_not_used(digits, tmp_path, caplog):
     run = Folder(str(tmp_path / "damaged"))
-    train_here(tiny(total_kimg=0.256), run, digits)
+    train_here(tiny(total_kimg=0.256, eval__every_kimg=0.128), run, digits)
     before, latest = list(checkpoints(run))[-2:]
     state = tmp_path / "damaged" / latest / STATE
     content = state.read_bytes()
@@ -152,9 +152,11 @@ def test_a_damaged_checkpoint_is_named_and_not_used(digits, tmp_path, caplog):
         biggan.evaluate(checkpoint=f"{run}/{latest}")
     assert latest_checkpoint(run).name == before
     assert f"{latest} is damaged; resuming from the checkpoint before" in caplog.text
+    assert best_checkpoint(run)[0].name == before
     (state.parent / "checkpoint.json").write_text("{")
+    assert latest not in checkpoints(run)
     with pytest.raises(StorageError, match=r"checkpoint.json is damaged"):
-        checkpoints(run)
+        biggan.evaluate(checkpoint=f"{run}/{latest}")
 
 
 def test_a_checkpoint_half_written_is_passed_over(digits, tmp_path):

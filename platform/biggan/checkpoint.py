@@ -134,7 +134,7 @@ def _read_state(folder: Folder, info: CheckpointInfo) -> dict[str, Any]:
     if hashlib.sha256(content).hexdigest() != info.state_sha256:
         raise StorageError(
             f"{folder}/{STATE} is damaged: {len(content)} bytes that do not match the"
-            f" {info.state_bytes} written; use another checkpoint"
+            f" {info.state_bytes} written, so that it cannot be used"
         )
     loaded: dict[str, Any] = torch.load(io.BytesIO(content), "cpu", weights_only=True)
     return loaded

@@ -40,8 +40,8 @@ class GeneratedImage:
 class Client:
     """An endpoint at `url`, for example ``Client("http://127.0.0.1:8000")``.
 
-    Requests that fail to connect, or that a busy endpoint turns away (429, 503), are repeated up
-    to `retries` times with growing pauses; that is safe, since a seed makes the same image again.
+    Requests that get no answer in time, or that a busy endpoint turns away (429, 503), are repeated
+    up to `retries` times with growing pauses; a seed makes the same image again.
     """
 
     def __init__(self, url: str, *, timeout: float = 60.0, retries: int = 5) -> None:

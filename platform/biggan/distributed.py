@@ -7,6 +7,8 @@ resumes from its latest checkpoint, after a crash of a worker as after one of th
 from __future__ import annotations
 
 import logging
+import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from biggan.cluster import connect, largest_node
 from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
 from biggan.data.dataset import Dataset, DatasetInfo
-from biggan.loop import TrainingLoop, print_line, reason_to_stop
+from biggan.loop import Report, TrainingLoop, print_line, reason_to_stop
 from biggan.metrics.extractors import check_extractor
 from biggan.networks import check_model
 from biggan.parallel import Workers
@@ -55,17 +57,6 @@ class Scaling:
     def on_gpu(self) -> bool:
         """Whether each worker takes a GPU, of the connected cluster."""
         return largest_node().gpus > 0 if self.gpu is None else self.gpu
-
-    @property
-    def threads(self) -> int:
-        """Threads a worker computes with.
-
-        A function of the machines and not of their load, since another number of threads would
-        round differently when a run resumes.
-        """
-        node = largest_node()
-        sharing = max(node.gpus, 1) if self.on_gpu else self.workers
-        return self.cpus_per_worker or max(1, node.cpus // sharing)
 
     def to_ray(self) -> ScalingConfig:
         """Ray Train's form, with what was left open settled for the connected cluster.
@@ -123,7 +114,7 @@ def train(
     connect()
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stated types lag behind Train V2.
-        train_loop_config=worker_spec(config, dataset, run, scaling.threads),
+        train_loop_config=worker_spec(config, dataset, run, scaling.cpus_per_worker),
         scaling_config=scaling.to_ray(),
         run_config=ray_run_config(config, run, max_failures=scaling.max_failures),
     )
@@ -147,14 +138,14 @@ def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:
 
 
 def worker_spec(
-    config: RunConfig, dataset: Folder, run: Folder, threads: int, quiet: bool = False
+    config: RunConfig, dataset: Folder, run: Folder, cpus: int, quiet: bool = False
 ) -> dict[str, Any]:
     """What `train_worker` is handed."""
     return {
         "config": config.model_dump(),
         "dataset": dataset.uri,
         "run": run.uri,
-        "threads": threads,
+        "cpus": cpus,
         "quiet": quiet,
     }
 
@@ -180,14 +171,14 @@ def ray_run_config(
 def train_worker(spec: dict[str, Any]) -> str:
     """One worker of a run, under Ray Train; returns why the run ended."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
-    torch.set_num_threads(spec["threads"])
+    torch.set_num_threads(spec["cpus"] or _share_of_cores())
     run = Folder(spec["run"])
     loop = TrainingLoop(
         RunConfig.parse(spec["config"]),
         Dataset.open(spec["dataset"]),
         run,
         Workers.current(get_device()),
-        _report,
+        _report_to(run),
         # Not `ray.train.get_checkpoint()`, which does not look whether it is damaged.
         resume_from=latest_checkpoint(run),
         say=None if spec["quiet"] else print_line,
@@ -195,9 +186,34 @@ def train_worker(spec: dict[str, Any]) -> str:
     return loop.run()
 
 
-def _report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
-    ray.train.report(
-        metrics,
-        ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
-        checkpoint_dir_name=f"checkpoint_{metrics['step']:09d}",
-    )
+def _share_of_cores() -> int:
+    """The cores of this machine for each of a run's workers on it.
+
+    A function of the machine and not of what else runs, since another number of threads would
+    round differently when a run resumes.
+    """
+    sharing: int = ray.train.get_context().get_local_world_size()
+    linux = hasattr(os, "sched_getaffinity")  # Which heeds a container's limits.
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    return max(1, cores // sharing)
+
+
+def _report_to(run: Folder) -> Report:
+    """A report to Ray Train, whose checkpoints never take the place of others.
+
+    A run that resumed before a damaged checkpoint comes by its step again; Ray still counts the
+    damaged one, and would delete the new one in its stead if both had one name.
+    """
+
+    def report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
+        name = f"checkpoint_{metrics['step']:09d}"
+        if checkpoint and run.exists(name):
+            name += f"_{uuid.uuid4().hex[:4]}"
+        # Of the workers' names, Ray takes the main worker's.
+        ray.train.report(
+            metrics,
+            ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
+            checkpoint_dir_name=name,
+        )
+
+    return report

@@ -15,6 +15,8 @@ import ray.data
 
 from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
 from biggan.data.dataset import Progress, encode
+from biggan.errors import UserError
+from biggan.latents import check_seed, check_truncation
 from biggan.models import find_model, load_generator
 from biggan.pixels import to_pil
 from biggan.storage import Folder, absolute
@@ -68,16 +70,24 @@ def generate(
     seed: int = 0,
     truncation: float | None = None,
     file_format: Format = "png",
+    gpu: bool | None = None,
     root: str | None = None,
     progress: Progress = print,
 ) -> int:
     """Generate an image for each entry of `class_ids` into folder `output` (path or URI).
 
-    Image i has seed `seed + i`. PNG files go to `CLASS/SEED.png`; Parquet parts have columns
-    `image` (PNG bytes), `label`, `class` and `seed`. All GPUs of the cluster are used, or all its
-    CPU cores. Returns the number of images written. Raises `StorageError` if there is no such
-    model.
+    Image i has seed `seed + i`, from 0 to 2^63 - 1; `truncation` is above 0, or None for none. PNG
+    files go to `ID-CLASS/SEED.png` (`0003-cat/00000007.png`); Parquet parts have columns `image`
+    (PNG bytes), `label`, `class` and `seed`. All GPUs of the cluster are used if `gpu`, else all
+    its CPU cores; if not said, GPUs if there are any by now. Returns the number of images written.
+    Raises `StorageError` if there is no such model, `UserError` for a value out of range.
     """
+    if not class_ids:
+        raise UserError("no classes given: name one for each image")
+    check_seed(seed)
+    check_seed(seed + len(class_ids) - 1)
+    if truncation is not None:
+        check_truncation(truncation)
     folder = find_model(model, root)
     output = absolute(output)  # Where the actors run, a relative path would lead elsewhere.
     connect()
@@ -90,7 +100,7 @@ def generate(
         for part, start in enumerate(range(0, len(class_ids), PART_IMAGES))
     ]
     quiet_ray_data()
-    on_gpu = largest_node().gpus > 0
+    on_gpu = largest_node().gpus > 0 if gpu is None else gpu
     parts = ray.data.from_items(plan, override_num_blocks=len(plan)).map(
         _Part,  # type: ignore[arg-type]  # Ray makes actors of classes; its types know functions.
         fn_constructor_args=(folder.uri, truncation, output, file_format),

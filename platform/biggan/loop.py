@@ -54,7 +54,7 @@ def print_line(line: str) -> None:
 
 
 class KeepCheckpoints:
-    """The `Report` of plain Python and torchrun: keeps the run's best checkpoints and the latest.
+    """The `Report` of plain Python, torchrun and one-worker trials: keeps the best and the latest.
 
     Ray keeps them by the same rule.
     """

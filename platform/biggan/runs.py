@@ -12,13 +12,14 @@ import json
 import logging
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, is_undamaged
+from biggan.checkpoint import STATE, CheckpointInfo, is_undamaged
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.storage import Folder, StorageError
@@ -103,13 +104,17 @@ def open_run(folder: Folder, config: RunConfig, dataset: DatasetInfo) -> RunConf
 def checkpoints(folder: Folder) -> dict[str, CheckpointInfo]:
     """A run's whole checkpoints by folder name, oldest first.
 
-    One whose writer was killed half-way lacks its description or part of its state: not listed.
+    One whose writer was killed half-way, or ran out of disk, lacks its description or part of its
+    state: not listed.
     """
-    names = [name for name in folder.children() if name.startswith("checkpoint_")]
-    described = [name for name in names if (folder / name).exists(DESCRIPTION)]
-    infos = {name: CheckpointInfo.read(folder / name) for name in described}
-    whole = [name for name in infos if (folder / name).size(STATE) == infos[name].state_bytes]
-    return {name: infos[name] for name in sorted(whole, key=lambda name: infos[name].step)}
+    whole = {}
+    for name in folder.children():
+        if name.startswith("checkpoint_"):
+            with suppress(StorageError):
+                info = CheckpointInfo.read(folder / name)
+                if (folder / name).size(STATE) == info.state_bytes:
+                    whole[name] = info
+    return {name: whole[name] for name in sorted(whole, key=lambda name: (whole[name].step, name))}
 
 
 def latest_checkpoint(folder: Folder) -> Folder | None:
@@ -122,16 +127,19 @@ def latest_checkpoint(folder: Folder) -> Folder | None:
 
 
 def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
-    """A run's checkpoint with the lowest FID; raises `StorageError` if none was evaluated."""
-    evaluated = {name: info for name, info in checkpoints(folder).items() if info.fid is not None}
-    if not evaluated:
-        RunRecord.read(folder)  # Says so if there is no run at all.
-        raise StorageError(
-            f"run {folder} has no checkpoint with an FID yet: let it train past its first"
-            " evaluation (eval.every_kimg)"
-        )
-    name = min(evaluated, key=lambda name: evaluated[name].fid or 0.0)
-    return folder / name, evaluated[name]
+    """A run's undamaged checkpoint with the lowest FID; raises `StorageError` if there is none."""
+    saved = checkpoints(folder)
+    for name in sorted(saved, key=lambda name: saved[name].fid or 0.0):
+        if saved[name].fid is None:
+            continue
+        if is_undamaged(folder / name):
+            return folder / name, saved[name]
+        logger.warning("%s is damaged; the next best is taken", folder / name)
+    RunRecord.read(folder)  # Says so if there is no run at all.
+    raise StorageError(
+        f"run {folder} has no checkpoint with an FID yet: let it train past its first"
+        " evaluation (eval.every_kimg)"
+    )
 
 
 def read_metrics(folder: Folder) -> list[dict[str, Any]]:

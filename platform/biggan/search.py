@@ -36,8 +36,15 @@ Space = Mapping[str, Domain | str]
 """What is searched: dotted field names, and what values each may take (see `parse_domain`)."""
 
 PLAN = "sweep.json"
-SHARED = {"dataset", "total_kimg", "eval", "checkpoint"}
-"""Fields, and sections of them, that every trial of a sweep has in common."""
+SHARED = {
+    "dataset",
+    "total_kimg",
+    "eval.every_kimg",
+    "eval.num_samples",
+    "eval.extractor",
+    "checkpoint.every_kimg",
+}
+"""Fields that all trials of a sweep have in common, since their FIDs are compared by them."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +140,10 @@ def sweep(
     """Search `space` around `config` as sweep `name`, or take up the sweep of that name.
 
     `config` is what the fields outside the space are set to, and the first trial. Without a space,
-    `default_space` is searched. Finished trials of an interrupted sweep are kept, unfinished ones
-    resume from their checkpoints. Raises `ConfigError` for an unknown field, a value no run could
-    have, or a sweep of that name with another plan; `StorageError` if there is no such dataset.
+    `default_space` is searched; any field can be, but those that FIDs are compared by (`SHARED`).
+    Finished trials of an interrupted sweep are kept, unfinished ones resume from their checkpoints.
+    Raises `ConfigError` for an unknown or shared field, a value no run could have, or a sweep of
+    that name with another plan; `StorageError` if there is no such dataset.
     """
     search = search or Search()
     # Every report of a trial carries an FID of its own, and every checkpoint one as well.
@@ -171,7 +179,7 @@ def _check_space(
 ) -> None:
     """Raise `ConfigError` if a field is unknown, or the ends of its values make no valid run."""
     for field_name, domain in domains.items():
-        if field_name.split(".")[0] in SHARED:
+        if field_name in SHARED:
             raise ConfigError(
                 f"search space {field_name}: trials can be compared only if they share it; it is"
                 " set for the whole sweep"
@@ -252,7 +260,9 @@ def _trial(
         scaling = Scaling(search.workers_per_trial, bool(gpus), search.cpus_per_worker)
         TorchTrainer(
             train_worker,  # type: ignore[arg-type]
-            train_loop_config=worker_spec(trial_config, dataset, run, scaling.threads, quiet=True),
+            train_loop_config=worker_spec(
+                trial_config, dataset, run, scaling.cpus_per_worker, quiet=True
+            ),
             scaling_config=scaling.to_ray(),
             run_config=ray_run_config(
                 trial_config, run, scaling.max_failures, callbacks=[TuneReportCallback()]

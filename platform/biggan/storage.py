@@ -207,7 +207,7 @@ class Folder:
         draft.filesystem.create_dir(draft.path, recursive=True)
         try:
             yield draft
-            if not replace and self.exists():
+            if not replace and self.exists(marker):
                 raise StorageError(f"{self} has come into being meanwhile: run the command again")
             if self.is_local:
                 old = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.old"

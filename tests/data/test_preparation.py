@@ -15,7 +15,7 @@ from PIL import Image
 from biggan.data.dataset import Dataset, DatasetInfo, ShuffledOrder
 from biggan.data.preparation import Preparation, PreparationError, prepare, write_shard
 from biggan.data.sources import ClassFolders, SourceError, natural, open_source
-from biggan.storage import Folder, StorageError
+from biggan.storage import Folder, StorageError, locate
 
 
 def draw(path, seed, size=(20, 14)):
@@ -160,6 +160,35 @@ def test_oddities_of_a_folder_are_listed(tmp_path):
         "a/pipe.png": "not a file",
         "a/caf\\xe9.png": "its name is not valid UTF-8",
     }
+    assert source.unreadable == 4
+
+
+def test_links_to_and_fro_are_followed_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        draw(tmp_path / name / f"{name}.png", 0)
+        (tmp_path / name / "also").symlink_to(tmp_path / other)
+    source = open_source(str(tmp_path))
+    assert [i.ref for i in source.items] == ["a/a.png", "a/also/b.png", "b/also/a.png", "b/b.png"]
+
+
+def test_files_that_cannot_be_reached_count_as_bad(photos, storage, cluster):
+    for i in range(10):
+        (photos / "cats" / f"gone{i}.png").symlink_to("/mnt/not-mounted.png")
+    with pytest.raises(PreparationError, match=r"10 of 210 files \(4.8%\) are unusable"):
+        prepare(Preparation(str(photos), 8), "unmounted", progress=lambda line: None)
+    links = photos.parent / "links"
+    (links / "cats").mkdir(parents=True)
+    (links / "cats" / "0.png").symlink_to("/mnt/not-mounted.png")
+    with pytest.raises(SourceError, match=r"cats/0.png: not a file, or a link that leads nowhere"):
+        open_source(str(links))
+
+
+def test_what_an_interrupted_copy_left_is_replaced(photos, storage, cluster):
+    left = locate("datasets", "left")
+    left.write_bytes("part-000007.parquet", b"half")
+    info = prepare(Preparation(str(photos), 8), "left", progress=lambda line: None)
+    assert info.n_images == 200
+    assert "part-000007.parquet" not in left.children()
 
 
 def test_a_file_is_no_source(tmp_path):

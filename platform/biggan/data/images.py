@@ -78,8 +78,9 @@ def _opaque_8_bit(image: Image.Image, background: tuple[int, int, int]) -> Image
 def _from_deep(values: np.ndarray) -> Image.Image:
     """Grey of more than 8 bits, scaled so that the depth's full range becomes 0 to 255.
 
-    Pillow's own conversion would clip everything above 255. Integers of 16 bits divide by 257;
-    32-bit integers and floats say nothing of their range, so theirs is the image's own.
+    Pillow's own conversion would clip everything above 255. Integers of 16 bits divide by 257.
+    32-bit integers and floats say nothing of their range: integers that fit 8 or 16 bits are taken
+    to have that depth, and for others the range is the image's own.
     """
     if not np.isfinite(values).all():
         raise ImageError("pixels that are infinite or not a number")

@@ -2,7 +2,7 @@
 
 Runs on Ray Data: the source's items are dealt out as shards, and each shard is one task that loads,
 standardizes and writes its images, on any core of any machine, in memory that one shard bounds.
-The outcome does not depend on how many there are. The dataset comes into being whole or not at all.
+The images do not depend on how many there are. The dataset comes into being whole or not at all.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def prepare(
     """
     folder = locate("datasets", name, root)
     source = open_source(preparation.source)
-    if folder.exists() and not folder.exists(DESCRIPTION):
+    if not folder.exists(DESCRIPTION) and any(map(_is_foreign, folder.children())):
         raise PreparationError(
             f"{folder} exists and is no prepared dataset: use another --name, or remove it yourself"
         )
-    if folder.exists() and not overwrite:
+    if folder.exists(DESCRIPTION) and not overwrite:
         return _existing(folder, preparation, source, progress)
     progress(f"preparing {len(source.items):,} images in {len(source.classes)} classes")
     connect()
@@ -124,6 +124,11 @@ def prepare(
         f" {len(info.rejected):,} rejected, at {folder}"
     )
     return info
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file of that name is none that an interrupted preparation can leave behind."""
+    return not (name == "reference" or name.startswith("part-"))
 
 
 def _existing(
@@ -278,7 +283,7 @@ def _check_rejected(
     """List what was rejected on the console; raise if it is too much."""
     for entry in rejected:
         progress(f"rejected {entry.path}: {entry.reason}")
-    files = len(source.items)
+    files = len(source.items) + source.unreadable
     bad = files - usable
     if not usable:
         raise PreparationError(

@@ -41,6 +41,8 @@ class Source(Protocol):
     items: list[Item]
     rejected: list[Rejected]
     """What was found unfit while listing."""
+    unreadable: int
+    """How many of those are files (or folders of them) that should have been images."""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class DigitsSource:
         self.classes = [str(digit) for digit in range(10)]
         self.items = [Item(str(i), int(label)) for i, label in enumerate(_digits()[1])]
         self.rejected: list[Rejected] = []
+        self.unreadable = 0
         self.description = {"kind": "digits"}
 
     def load(self, ref: str) -> Image.Image:
@@ -116,11 +119,12 @@ def _list_local(root: str) -> _Listing:
         reject(str(error.filename), f"cannot be listed: {error.strerror}")
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=on_error):
-        above = {Path(folder).resolve(), *Path(folder).resolve().parents}
+        logical = Path(folder)  # A way that leads through links has other folders above it.
+        above = {at.resolve() for at in (logical, *logical.parents)}
         folders[:] = [name for name in folders if not _is_litter(name)]
         for name in list(folders):
             path = Path(folder, name)
-            if path.is_symlink() and path.resolve() in above:
+            if os.path.islink(path) and path.resolve() in above:  # noqa: PTH114  # As below.
                 folders.remove(name)
                 reject(str(path), "a link to a folder that it lies in")
             elif _is_text(str(path)):
@@ -131,7 +135,7 @@ def _list_local(root: str) -> _Listing:
                 continue
             if not _is_text(str(path)):
                 reject(str(path), "its name is not valid UTF-8: rename it")
-            elif not path.is_file():
+            elif not os.path.isfile(path):  # noqa: PTH113  # Path's raises where it may not look.
                 reject(str(path), "not a file, or a link that leads nowhere")
             else:
                 listing.files.append(os.path.relpath(path, root))
@@ -167,6 +171,7 @@ class ClassFolders:
     classes: list[str] = field(init=False)
     items: list[Item] = field(init=False)
     rejected: list[Rejected] = field(init=False)
+    unreadable: int = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.root.exists():
@@ -183,7 +188,9 @@ class ClassFolders:
             raise SourceError(
                 f"--source {self.root} has no classes: expected one sub-folder a class with images"
                 f" in it, found {len(folders)} empty sub-folders and {len(files)} files"
+                + "".join(f"; {r.path}: {r.reason}" for r in listing.rejected[:1])
             )
+        self.unreadable = len(listing.rejected)
         self.classes = sorted(used, key=natural)
         index = {name: i for i, name in enumerate(self.classes)}
         self.items = [Item(path, index[path.split("/")[0]]) for path in files if "/" in path]
