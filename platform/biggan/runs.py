@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from biggan.checkpoint import STATE, CheckpointInfo, is_undamaged
+from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, is_undamaged
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.storage import Folder, StorageError
@@ -109,7 +109,7 @@ def checkpoints(folder: Folder) -> dict[str, CheckpointInfo]:
     """
     whole = {}
     for name in folder.children():
-        if name.startswith("checkpoint_"):
+        if name.startswith("checkpoint_") and (folder / name).exists(DESCRIPTION):
             with suppress(StorageError):
                 info = CheckpointInfo.read(folder / name)
                 if (folder / name).size(STATE) == info.state_bytes:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -47,6 +48,17 @@ def test_two_workers_of_32_follow_one_of_64(undisturbed, digits):
         for name, expected in one[network].items():
             difference = (two[network][name] - expected).norm() / expected.norm()
             assert difference < 1e-4, f"{network}.{name}"
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(digits):
+    short = CONFIG.override({"total_kimg": 0.64, "checkpoint.keep": 2})
+    run = biggan.train(short, "spoilt", scaling=TWO).folder
+    before, latest = checkpoints(run)
+    damaged = Path(f"{run.path}/{latest}/{STATE}")
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    longer = biggan.train(short.override({"total_kimg": 0.96}), "spoilt", scaling=TWO)
+    assert longer.stop_reason == "finished"
+    assert [info.step for info in checkpoints(run).values()][-1] == 15
 
 
 def kill_a_worker_once(run, after_step, killed):
