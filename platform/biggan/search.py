@@ -197,7 +197,9 @@ def _ends(domain: Domain) -> list[Any]:
     if isinstance(domain, Integer):
         return [domain.lower, domain.upper - 1]
     if isinstance(domain, Float):
-        return [domain.lower, domain.upper]
+        # And one between, which no field for whole numbers takes.
+        between = domain.lower + (domain.upper - domain.lower) * 0.3819
+        return [domain.lower, domain.upper, between]
     return [domain.sample()]
 
 

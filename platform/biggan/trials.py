@@ -58,7 +58,8 @@ class SweepResult:
     @property
     def saved(self) -> float:
         """Part of the full grid's training that stopping early saved, from 0 to 1."""
-        return 1 - self.kimg_spent / self.kimg_full
+        # A trial's last step may go beyond its length.
+        return max(0.0, 1 - self.kimg_spent / self.kimg_full)
 
     def __str__(self) -> str:
         saved = (
@@ -163,7 +164,7 @@ def summarize(
                 **values,
                 "fid": min((row["fid"] for row in reported), default=WORST_FID),
                 "kimg": metrics.get("kimg", 0.0),
-                "status": f"failed: {result.error}" if result.error else reason,
+                "status": _failure(result.error) if result.error else reason,
             }
         )
     table = pd.DataFrame(trials).sort_values("fid", ignore_index=True)
@@ -179,6 +180,11 @@ def summarize(
     )
     _write(outcome, config, parameters)
     return outcome
+
+
+def _failure(error: Exception) -> str:
+    """What ended a trial, in a line: the last of Ray's traceback."""
+    return f"failed: {str(error).strip().splitlines()[-1].strip()}"
 
 
 def _plain(value: Any) -> Any:

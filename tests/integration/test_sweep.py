@@ -94,7 +94,7 @@ def test_bad_trials_stop_early_and_the_best_is_no_worse_than_the_start(interrupt
         _, info = best_checkpoint(folder / trial)
         assert info.fid == trials["fid"][trial]
     spent = trials["kimg"].sum()
-    assert f"saved {1 - spent / (TRIALS * 4.5):.0%} of the full grid's training" in printed
+    assert f"saved {max(0, 1 - spent / (TRIALS * 4.5)):.0%} of the full grid's training" in printed
 
 
 def test_a_sweep_leaves_tables_plots_and_the_best_configuration(interrupted_sweep):
@@ -159,6 +159,8 @@ def test_trials_of_several_workers_stop_early_and_leave_no_worker_behind(digits)
     [
         ({"optim.lr": "uniform(0, 1)"}, "optim.lr_g"),
         ({"optim.lr_g": "uniform(-1, 1)"}, "optim.lr_g"),
+        ({"model.ch_g": "uniform(2, 8)"}, "model.ch_g = .* valid integer"),
+        ({"optim.batch_size": "loguniform(32, 64)"}, "optim.batch_size = .* valid integer"),
         ({"optim.batch_size": "choice([0, 32])"}, "optim.batch_size"),
         ({"model.attention": "choice([[8], [1024]])"}, "attention"),
         ({"optim.batch_size": "choice([])"}, "optim.batch_size.*holds no values"),

@@ -53,7 +53,7 @@ def test_two_workers_of_32_follow_one_of_64(undisturbed, digits):
 def test_a_run_goes_on_from_before_a_damaged_checkpoint(digits):
     short = CONFIG.override({"total_kimg": 0.64, "checkpoint.keep": 2})
     run = biggan.train(short, "spoilt", scaling=TWO).folder
-    before, latest = checkpoints(run)
+    _, latest = checkpoints(run)
     damaged = Path(f"{run.path}/{latest}/{STATE}")
     damaged.write_bytes(damaged.read_bytes()[::-1])
     longer = biggan.train(short.override({"total_kimg": 0.96}), "spoilt", scaling=TWO)
