@@ -127,7 +127,7 @@ def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | N
         fid_protocol=fid.protocol,
         dataset=record.config.dataset,
         dataset_fingerprint=dataset.info.fingerprint,
-        run=f"{run.parent.name}/{run.name}",
+        run=_label(run),
         checkpoint=candidate.checkpoint.name,
         checkpoint_sha256=info.state_sha256,
         step=info.step,
@@ -139,6 +139,13 @@ def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | N
     samples, columns = class_columns(candidate.G)
     store.add(candidate.G, card, samples, columns)
     return card
+
+
+def _label(run: Folder) -> str:
+    """Where a run lies under its storage root: `runs/NAME` or `sweeps/NAME/trial_NNNNN`."""
+    kind = run.parent.parent.name
+    prefix = f"{kind}/" if kind == "sweeps" else ""
+    return f"{prefix}{run.parent.name}/{run.name}"
 
 
 def class_columns(

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
+from PIL import UnidentifiedImageError
 
 from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
 from biggan.config import RESOLUTIONS
@@ -238,6 +239,9 @@ def write_shard(
                 preparation.fit,
                 preparation.background,
             )
+        except UnidentifiedImageError:  # Its text holds an address, another one each time.
+            rejected.append(Rejected(path=item.ref, reason="no image that Pillow can open"))
+            continue
         except Exception as error:  # Decoders raise anything at all on damaged files.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             rejected.append(Rejected(path=item.ref, reason=reason))
