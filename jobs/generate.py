@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from PIL import Image
@@ -12,7 +13,6 @@ from biggan.classes import class_id
 from biggan.commands import parse, run_command
 from biggan.errors import UserError
 from biggan.generation import generate
-from biggan.latents import check_seed, check_truncation
 from biggan.models import load_generator
 from biggan.pixels import sheet
 from biggan.storage import Folder, absolute
@@ -32,7 +32,8 @@ class Generate:
     model: str
     """NAME@ALIAS, NAME@VERSION, path or URI."""
     output: str
-    """A file to be (.png, .webp or .jpg: one sheet), or a folder, path or URI."""
+    """A picture to be, of all images on one sheet (.png, .webp, .jpg, ...), or else a folder; path
+    or URI."""
     n: int = 100
     """Images in all, dealt out evenly among the classes."""
     classes: tuple[str, ...] = ()
@@ -54,18 +55,15 @@ def main() -> None:
     command = parse(Generate)
     if command.n < 1:
         raise UserError(f"--n {command.n}: must be 1 or more")
-    if command.truncation is not None:
-        check_truncation(command.truncation)
-    check_seed(command.seed)
-    check_seed(command.seed + command.n - 1)
     G = load_generator(command.model, root=command.storage)
     chosen = [class_id(name, G.class_names) for name in command.classes] or range(G.n_classes)
     ids = [chosen[i % len(chosen)] for i in range(command.n)]
     output = absolute(command.output)
-    if output.endswith((".png", ".webp", ".jpg", ".jpeg")):
+    picture_format = Image.registered_extensions().get(PurePath(output).suffix.lower())
+    if picture_format in Image.SAVE:
         picture = sheet(G.sample(ids, command.seed, command.truncation), min(len(chosen), 20))
         file = io.BytesIO()
-        picture.save(file, Image.registered_extensions()["." + output.rsplit(".", 1)[-1]])
+        picture.save(file, picture_format)
         Folder(output).parent.write_bytes(Folder(output).name, file.getvalue())
     else:
         generate(

@@ -15,15 +15,13 @@ COMMANDS = ["prepare", "train", "sweep", "promote", "evaluate", "generate"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_examples_and_explains_every_flag(name):
+def test_help_has_an_example(name):
     done = subprocess.run(
         [sys.executable, f"jobs/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert f"python jobs/{name}.py --" in done.stdout
     assert "--storage" in done.stdout
-    for line in done.stdout.splitlines():
-        assert "Traceback" not in line
 
 
 def test_where_a_commands_settings_start_from(monkeypatch, tmp_path, tiny_run):

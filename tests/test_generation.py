@@ -48,6 +48,8 @@ def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
     sheet = tmp_path / "new" / "sheet.png"
     job("generate", "--model", "tiny", "--output", str(sheet), "--n", "40")
     assert Image.open(sheet).size == (10 * 34 + 2, 4 * 34 + 2)
+    job("generate", "--model", "tiny", "--output", f"{tmp_path}/sheet.GIF", "--n", "10")
+    assert Image.open(tmp_path / "sheet.GIF").format == "GIF"
 
 
 @pytest.mark.parametrize(

@@ -125,13 +125,16 @@ def restore_generator(folder: Folder, G: Generator) -> CheckpointInfo:
 
 def is_undamaged(folder: Folder) -> bool:
     """Whether a checkpoint's state is what was written."""
-    info = CheckpointInfo.read(folder)
-    return hashlib.sha256(folder.read_bytes(STATE)).hexdigest() == info.state_sha256
+    return _matches(folder.read_bytes(STATE), CheckpointInfo.read(folder))
+
+
+def _matches(content: bytes, info: CheckpointInfo) -> bool:
+    return hashlib.sha256(content).hexdigest() == info.state_sha256
 
 
 def _read_state(folder: Folder, info: CheckpointInfo) -> dict[str, Any]:
     content = folder.read_bytes(STATE)
-    if hashlib.sha256(content).hexdigest() != info.state_sha256:
+    if not _matches(content, info):
         raise StorageError(
             f"{folder}/{STATE} is damaged: {len(content)} bytes that do not match the"
             f" {info.state_bytes} written, so that it cannot be used"

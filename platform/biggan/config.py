@@ -38,6 +38,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The networks: BigGAN of Brock, Donahue and Simonyan 2018 (arXiv 1809.11096), appendix B."""
 
+    architecture: Literal["biggan", "biggan-deep"] = "biggan"
+    """biggan, or biggan-deep: twice the blocks, each a bottleneck (tables 7-9); needs ch of 4 and
+    more."""
     ch_g: int = Field(64, ge=1)
     """Width multiplier of G; the paper's ImageNet models use 96."""
     ch_d: int = Field(64, ge=1)
@@ -46,16 +49,42 @@ class ModelConfig(Section):
     """Length of the latent vector. With hierarchical z a multiple of (G's blocks + 1)."""
     shared_dim: int = Field(128, ge=1)
     """Length of the class embedding that all of G's conditional batch norms share."""
+    shared: bool = True
+    """One class embedding for all of G's conditional batch norms; without it each has its own."""
     hierarchical: bool = True
-    """Split z into chunks, one for the first layer and one for each block ("skip-z")."""
+    """Split z into chunks, one for the first layer and one for each block ("skip-z"). The deep
+    networks hand all of z to every block."""
     attention: tuple[int, ...] = ()
     """Resolutions that self-attention follows, in G and D; the paper has 64 at 128 pixels."""
+    channel_attention: tuple[int, ...] = ()
+    """Resolutions that squeeze-and-excitation follows, in G and D (Hu et al. 2018)."""
     init: Literal["orthogonal", "normal"] = "orthogonal"
     """Initial weights: orthogonal (the paper) or N(0, 0.02)."""
     sn_eps: float = Field(1e-6, gt=0)
     """Added to norms in spectral normalization's power iteration."""
     bn_eps: float = Field(1e-5, gt=0)
     """Added to variances in G's class-conditional batch norms."""
+
+    @property
+    def deep(self) -> bool:
+        """Whether this is BigGAN-deep."""
+        return self.architecture == "biggan-deep"
+
+    @model_validator(mode="after")
+    def _needs_a_shared_embedding(self) -> Self:
+        for name, wants in (("hierarchical", self.hierarchical), ("biggan-deep", self.deep)):
+            if wants and not self.shared:
+                raise ValueError(
+                    f"shared = False does not go with {name}: z is joined to the shared class"
+                    " embedding; set shared = True, or"
+                    f" {'architecture = biggan' if self.deep else 'hierarchical = False'}"
+                )
+        if self.deep and min(self.ch_g, self.ch_d) < 4:
+            raise ValueError(
+                f"ch_g = {self.ch_g}, ch_d = {self.ch_d}: biggan-deep needs 4 or more, since its"
+                " bottlenecks are a quarter as wide"
+            )
+        return self
 
 
 class LossConfig(Section):

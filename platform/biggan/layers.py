@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,27 +22,85 @@ class SpectralNorm(nn.Module):
 
     The value is estimated by one power iteration a forward from the stored left singular vector
     `u`. In training the improved `u` is stored; in evaluation it is used and forgotten, as in
-    BigGAN-PyTorch.
+    BigGAN-PyTorch. Forwards of one and the same weight can share an iteration:
+    `shared_power_iteration`.
     """
 
     weight: Tensor
-    u: Tensor
+    u: Tensor | None
+    """Left singular vector `[weight.shape[0]]`; None once the norm is folded into the weight."""
+    v: Tensor
+    """The right singular vector that belongs to `u` while an iteration is shared."""
     sn_eps: float
+    shares_iteration: bool = False
 
     def _init_spectral_norm(self, sn_eps: float) -> None:
         self.sn_eps = sn_eps
-        self.register_buffer("u", F.normalize(torch.randn(self.weight.shape[0]), dim=0))
+        matrix = self.weight.flatten(1)
+        self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
+        self.register_buffer("v", torch.zeros(matrix.shape[1]), persistent=False)
+
+    def _iterate(self) -> tuple[Tensor, Tensor]:
+        """One power iteration from `u`: the next (u, v)."""
+        assert self.u is not None
+        W = self.weight.detach().flatten(1)
+        v = F.normalize(W.T @ self.u, dim=0, eps=self.sn_eps)
+        return F.normalize(W @ v, dim=0, eps=self.sn_eps), v
+
+    @torch.no_grad()
+    def share_iteration(self) -> None:
+        """Do a training forward's power iteration, for all forwards until further notice."""
+        if self.u is not None:
+            u, v = self._iterate()
+            self.u.copy_(u)
+            self.v.copy_(v)
+            self.shares_iteration = True
+
+    def singular_value(self) -> Tensor:
+        """sigma(`weight`), with its gradient. Singular vectors are constants to it (eq. 12)."""
+        assert self.u is not None
+        # Products of vectors would lose digits in the precision that autocast chooses.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            if self.shares_iteration:
+                u, v = self.u, self.v
+            else:
+                u, v = self._iterate()
+                if self.training:
+                    self.u.copy_(u)
+            sigma: Tensor = u @ (self.weight.flatten(1) @ v)
+            return sigma
 
     def normalized_weight(self) -> Tensor:
         """`weight` / sigma(`weight`), in the shape of `weight`."""
-        W = self.weight.flatten(1)
-        with torch.no_grad():
-            v = F.normalize(W.T @ self.u, dim=0, eps=self.sn_eps)
-            u = F.normalize(W @ v, dim=0, eps=self.sn_eps)
-            if self.training:
-                self.u.copy_(u)
-        sigma = u @ (W @ v)  # Singular vectors are constants to the gradient (eq. 12 there).
-        return self.weight / sigma
+        return self.weight if self.u is None else self.weight / self.singular_value()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make the normalized weight the weight, for good: nothing is estimated any more."""
+        self.weight.copy_(self.normalized_weight())
+        self.u = None
+
+
+def spectral_norms(network: nn.Module) -> dict[str, SpectralNorm]:
+    """Every spectrally normalized layer of a network, by its name in it."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, SpectralNorm)}
+
+
+@contextmanager
+def shared_power_iteration(network: nn.Module) -> Iterator[None]:
+    """Let all forwards of `network` within share one power iteration, done and stored here.
+
+    Right where the weights stay as they are within: iterating again would only sharpen the
+    estimate. So a step pays once for G, whatever the number of D updates and micro-batches.
+    """
+    layers = spectral_norms(network).values()
+    for layer in layers:
+        layer.share_iteration()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shares_iteration = False
 
 
 class SNConv2d(nn.Conv2d, SpectralNorm):
@@ -119,46 +178,94 @@ class SNEmbedding(nn.Embedding, SpectralNorm):
         return F.embedding(ids, self.normalized_weight())
 
 
-class _CrossReplicaNormalize(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) with moments over the batches of all ranks, and its gradient.
+class _BatchNormAffine(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * gain + bias, then ReLU if asked, with moments of all ranks.
 
-    One all-reduce each way. Moments travel in float64, in which E[x^2] - E[x]^2 loses nothing
-    that float32 activations have. Every rank must hold equally many images.
+    Written as x * scale + shift, forward and backward, which needs neither the normalized map nor
+    the one before the ReLU: half the memory of the separate steps, and half their passes over it
+    (`benchmarks/README.md`). `gain` and `bias` are `[N, C]` or `[1, C]`. Moments cross ranks in
+    float64, in which E[x^2] - E[x]^2 loses nothing that float32 activations have; one all-reduce
+    each way. Every rank must hold equally many images.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        mean, var = mean.double(), var.double()
-        moments = torch.stack([mean, var + mean.square()])
-        dist.all_reduce(moments)
-        mean, square = moments / dist.get_world_size()
-        var = square - mean.square()
-        invstd = torch.rsqrt(var + eps).to(x.dtype)
-        normalized = (x - mean.to(x.dtype)[:, None, None]) * invstd[:, None, None]
-        ctx.save_for_backward(normalized, invstd)
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor, eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _moments(x)
+        if _world_size() > 1:
+            moments = torch.stack([mean.double(), var.double() + mean.double().square()])
+            dist.all_reduce(moments)
+            first, second = moments / _world_size()
+            mean, var = first.to(mean.dtype), (second - first.square()).to(mean.dtype)
+        invstd = torch.rsqrt(var + eps)
+        scale = gain * invstd
+        y = _scale_and_shift(x, scale, bias - mean * scale, relu)
+        ctx.relu = relu
+        ctx.save_for_backward(x, y if relu else None, gain, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
-        return normalized, mean, var
+        return y, mean, var
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0]
-        normalized, invstd = ctx.saved_tensors
-        sums = torch.stack([grad.mean((0, 2, 3)), (grad * normalized).mean((0, 2, 3))])
-        dist.all_reduce(sums)
-        mean, along = (sums / dist.get_world_size())[:, :, None, None]
-        return (grad - mean - normalized * along) * invstd[:, None, None], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, gain, mean, invstd = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grads[0], y, 0) if ctx.relu else grads[0]
+        product = grad * x
+        # Sums over positions, [N, C]; over x hat = (x - mean) * invstd for the gain's.
+        grad_bias = grad.sum((2, 3), dtype=gain.dtype)
+        grad_gain = invstd * (product.sum((2, 3), dtype=gain.dtype) - mean * grad_bias)
+        # Means over the batches of all ranks of the normalized map's gradient, and along x hat.
+        means = torch.stack([(gain * grad_bias).sum(0), (gain * grad_gain).sum(0)])
+        means = means / (x.numel() // x.shape[1])
+        if _world_size() > 1:
+            dist.all_reduce(means)
+            means = means / _world_size()
+        slope = -invstd.square() * means[1]
+        offset = -invstd * means[0] - slope * mean
+        grad_x = torch.addcmul(_wide(offset, x), x, _wide(slope, x), out=product)
+        grad_x.addcmul_(grad, _wide(gain * invstd, x))
+        return (
+            grad_x,
+            grad_gain.sum_to_size(gain.shape),
+            grad_bias.sum_to_size(gain.shape),
+            *2 * [None],
+        )
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over images and positions: float32 (or float64) `[C]`."""
+    if torch.compiler.is_compiling():  # Whatever it fuses beats a kernel of its own.
+        var, mean = torch.var_mean(
+            x if x.dtype == torch.double else x.float(), (0, 2, 3), correction=0
+        )
+        return mean, var
+    # The kernel of SyncBatchNorm on a GPU; on a CPU several times quicker than var_mean.
+    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return mean, var
+
+
+def _wide(v: Tensor, x: Tensor) -> Tensor:
+    """`[C]` or `[N, C]` against `[N, C, H, W]`, in the precision of `x`."""
+    return v.to(x.dtype)[..., None, None]
+
+
+def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    y = torch.addcmul(_wide(shift, x), x, _wide(scale, x))
+    return y.relu_() if relu else y
 
 
 class CrossReplicaBatchNorm2d(nn.Module):
-    """Batch norm whose moments are those of the whole batch over all workers, without gain or bias.
+    """Batch norm whose moments are those of the whole batch over all workers.
 
-    On a single process it is `F.batch_norm`. Gloo and NCCL both carry it, so CPU and GPU workers
-    compute the same thing. `momentum` is the weight of the newest batch in the running moments.
+    Gloo and NCCL both carry it, so CPU and GPU workers compute the same thing. `momentum` is the
+    weight of the newest batch in the running moments. A trained network may carry tables of
+    moments besides, collected at several truncations of the latents (`TruncationTables`).
     """
 
     running_mean: Tensor
     running_var: Tensor
+    table_mean: Tensor
+    table_var: Tensor
 
     def __init__(self, num_features: int, eps: float, momentum: float = 0.1) -> None:
         super().__init__()
@@ -167,24 +274,62 @@ class CrossReplicaBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `[N, C, H, W]` by the batch in training, by the running moments after."""
-        if not (self.training and _world_size() > 1):
-            return F.batch_norm(
-                x,
-                self.running_mean,
-                self.running_var,
-                training=self.training,
-                momentum=self.momentum,
-                eps=self.eps,
-            )
-        normalized: Tensor
-        normalized, mean, var = _CrossReplicaNormalize.apply(x, self.eps)  # type: ignore[no-untyped-call]
-        n = x.numel() // x.shape[1] * _world_size()
-        unbiased = var * (n / (n - 1))  # As F.batch_norm stores it.
+    def add_tables(self, n: int) -> None:
+        """Make room for the moments of `n` truncations: `table_mean` and `table_var` `[n, C]`."""
+        self.register_buffer("table_mean", self.running_mean.repeat(n, 1))
+        self.register_buffer("table_var", self.running_var.repeat(n, 1))
+
+    def forward(
+        self,
+        x: Tensor,
+        gain: Tensor | None = None,
+        bias: Tensor | None = None,
+        mix: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """Normalize `[N, C, H, W]` by the batch in training, by stored moments after.
+
+        Then multiply by `gain` and add `bias` (`[N, C]` or `[1, C]`; 1 and 0 if not given), then
+        ReLU. In evaluation `mix` `[N, tables + 1]` weighs, for each image, the tables of
+        moments and last the running ones; without it the running moments serve.
+        """
+        gain = (
+            self.running_var.new_ones(1, x.shape[1])
+            if gain is None
+            else gain.to(self.running_var.dtype)
+        )
+        bias = torch.zeros_like(gain) if bias is None else bias.to(self.running_var.dtype)
+        if self.training:
+            y: Tensor
+            y, mean, var = _BatchNormAffine.apply(x, gain, bias, self.eps, relu)  # type: ignore[no-untyped-call]
+            if not _recomputing.get():
+                n = x.numel() // x.shape[1] * _world_size()
+                self._move(mean, var * (n / (n - 1)))  # Unbiased, as torch stores it.
+            return y
+        mean, var = self.running_mean, self.running_var
+        if mix is not None:
+            mean = mix @ torch.cat([self.table_mean, mean[None]])
+            var = mix @ torch.cat([self.table_var, var[None]])
+        scale = gain * torch.rsqrt(var + self.eps)
+        return _scale_and_shift(x, scale, bias - mean * scale, relu)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, var: Tensor) -> None:
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return normalized
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+
+
+_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+@contextmanager
+def recomputation() -> Iterator[None]:
+    """For forwards that are made again for the backward pass: running moments stay as they are."""
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
 
 
 def _world_size() -> int:
@@ -221,23 +366,43 @@ def standing_statistics(module: nn.Module) -> Iterator[None]:
         module.eval()
 
 
+class ClassEmbedding(nn.Embedding):
+    """`nn.Embedding` that also takes mixtures of classes."""
+
+    def forward(self, classes: Tensor) -> Tensor:
+        """Embed ids (int `[N]`), or mixtures (float `[N, classes]`): sums so weighed."""
+        if classes.is_floating_point():
+            return classes.to(self.weight.dtype) @ self.weight
+        return super().forward(classes)
+
+
 class ConditionalBatchNorm2d(nn.Module):
     """Class-conditional batch norm (section 3; Dumoulin et al. 2017).
 
-    gain = 1 + linear(condition) and bias = linear(condition), both without bias of their own.
+    gain = 1 + linear(condition) and bias = linear(condition), both without bias of their own. With
+    `shared` off the condition is a mixture of classes, of which each norm has embeddings of its
+    own in the place of the linear layers.
     """
 
-    def __init__(self, num_features: int, cond_dim: int, bn_eps: float, sn_eps: float) -> None:
+    def __init__(
+        self, num_features: int, cond_dim: int, bn_eps: float, sn_eps: float, shared: bool = True
+    ) -> None:
         super().__init__()
         self.norm = CrossReplicaBatchNorm2d(num_features, bn_eps)
-        self.gain = SNLinear(cond_dim, num_features, sn_eps, bias=False)
-        self.bias = SNLinear(cond_dim, num_features, sn_eps, bias=False)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Normalize `x` `[N, C, H, W]` under `condition` `[N, cond_dim]`."""
-        gain = 1 + self.gain(condition)
-        bias = self.bias(condition)
-        return torch.addcmul(bias[:, :, None, None], self.norm(x), gain[:, :, None, None])
+        def linear() -> nn.Module:
+            if shared:
+                return SNLinear(cond_dim, num_features, sn_eps, bias=False)
+            return ClassEmbedding(cond_dim, num_features)
+
+        self.gain, self.bias = linear(), linear()
+
+    def forward(
+        self, x: Tensor, condition: Tensor, mix: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """Normalize `x` `[N, C, H, W]` under `condition` `[N, cond_dim]`, then ReLU if asked."""
+        normalized: Tensor = self.norm(x, 1 + self.gain(condition), self.bias(condition), mix, relu)
+        return normalized
 
 
 class AffineBatchNorm2d(nn.Module):
@@ -249,9 +414,31 @@ class AffineBatchNorm2d(nn.Module):
         self.gain = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
 
+    def forward(self, x: Tensor, mix: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalize `[N, C, H, W]`, then ReLU if asked."""
+        normalized: Tensor = self.norm(x, self.gain[None], self.bias[None], mix, relu)
+        return normalized
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507): every channel weighed by a gate.
+
+    The gate is 1 + gamma * (sigmoid(...) - 1): with gamma at 0 the layer starts as the identity, at
+    1 it is the paper's.
+    """
+
+    def __init__(self, channels: int, sn_eps: float) -> None:
+        super().__init__()
+        narrow = max(channels // 16, 4)
+        self.squeeze = SNLinear(channels, narrow, sn_eps)
+        self.excite = SNLinear(narrow, channels, sn_eps)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `[N, C, H, W]`."""
-        return torch.addcmul(self.bias[:, None, None], self.norm(x), self.gain[:, None, None])
+        """Map `[N, C, H, W]` to the same shape."""
+        weight = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
+        gate = 1 + self.gamma * (weight - 1)
+        return x * gate.to(x.dtype)[:, :, None, None]
 
 
 class SelfAttention(nn.Module):

@@ -21,6 +21,7 @@ from biggan.config import ModelConfig, RunConfig
 from biggan.networks import Generator
 from biggan.pixels import sheet
 from biggan.storage import Folder, StorageError, locate
+from biggan.truncation import TruncationTables
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -35,32 +36,40 @@ class GeneratorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: str = "biggan"
     model: ModelConfig
     resolution: int
     channels: int
     class_names: list[str]
+    tables: TruncationTables | None = None
+    """Truncations that there are batch-norm moments for, beside the untruncated ones."""
+    folded: bool = False
+    """Whether the weights are normalized already, and no spectral norm is left to estimate."""
 
 
 class ModelCard(BaseModel):
-    """What a model's `card.json` holds: where it came from and how good it is."""
+    """What a model's `card.json` holds: where it came from and how good it is.
+
+    A model with imported weights has no run of ours behind it, and no FID until it is measured.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str
     created: str
-    fid: float
-    fid_protocol: dict[str, Any]
+    fid: float | None = None
+    fid_protocol: dict[str, Any] = {}
     """Extractor and its fingerprint, dataset fingerprint, sample count, truncation, and so on."""
-    dataset: str
-    dataset_fingerprint: str
-    run: str
-    checkpoint: str
-    checkpoint_sha256: str
-    step: int
-    kimg: float
-    hyperparameters: RunConfig
+    dataset: str | None = None
+    dataset_fingerprint: str | None = None
+    run: str | None = None
+    checkpoint: str | None = None
+    checkpoint_sha256: str | None = None
+    step: int | None = None
+    kimg: float | None = None
+    hyperparameters: RunConfig | None = None
+    imported: dict[str, str] | None = None
+    """Of imported weights: the format, and the name and SHA-256 of each file."""
     code: dict[str, str]
     licence: str
 
@@ -147,6 +156,8 @@ def describe(G: Generator) -> GeneratorConfig:
         resolution=G.resolution,
         channels=G.channels,
         class_names=G.class_names,
+        tables=G.tables,
+        folded=G.conv_out.u is None,
     )
 
 
@@ -195,6 +206,10 @@ def load_generator(
         channels=config.channels,
         n_classes=len(config.class_names),
     )
+    if config.tables:
+        G.add_tables(config.tables)
+    if config.folded:
+        G.fold_spectral_norms()
     try:
         G.load_state_dict(load(folder.read_bytes(WEIGHTS)))
     except Exception as error:  # safetensors raises its own kind, torch RuntimeError.

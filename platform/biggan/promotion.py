@@ -52,11 +52,12 @@ def promote(
 ) -> Promotion:
     """Export the generator with the lowest FID of a run or a sweep as a version of model `name`.
 
-    Its batch-norm moments are recomputed as standing statistics and its FID is measured again with
-    them. `name` is by default that of the dataset. With `force`, `best` points to the version
-    whatever its FID. A checkpoint that is in the store already is not exported twice; a `licence`
-    is then written onto its card. Raises
-    `StorageError` if there is no such run or sweep, or nothing in it was evaluated.
+    Its batch-norm moments are recomputed as standing statistics (appendix D of arXiv 1809.11096)
+    and its FID is measured again with them. `name` is by default that of the dataset. With `force`,
+    `best` points to the version whatever its FID. A checkpoint that is in the store already is not
+    exported twice; a `licence` is then written onto its card. Raises `UserError` unless one of run
+    and sweep is given, `StorageError` if there is no such run or sweep, if nothing in it was
+    evaluated, or if its dataset has changed.
     """
     if (run is None) == (sweep is None):
         raise UserError("give either run or sweep")

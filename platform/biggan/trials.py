@@ -51,13 +51,15 @@ class SweepResult:
     best_config: RunConfig | None
     """The configuration of the trial with the lowest FID; None if no trial has one."""
     kimg_spent: float
-    """Thousand images trained on, over all trials."""
+    """Thousand images trained on, over all trials but those that failed."""
     kimg_full: float
-    """What all trials together would have trained on without early stopping."""
+    """What all trials, but those that failed, would have trained on without early stopping."""
 
     @property
     def saved(self) -> float:
         """Part of the full grid's training that stopping early saved, from 0 to 1."""
+        if not self.kimg_full:
+            return 0.0
         # A trial's last step may go beyond its length.
         return max(0.0, 1 - self.kimg_spent / self.kimg_full)
 
@@ -168,6 +170,7 @@ def summarize(
             }
         )
     table = pd.DataFrame(trials).sort_values("fid", ignore_index=True)
+    failed = table["status"].str.startswith("failed")
     found = len(table) > 0 and table["fid"][0] < WORST_FID
     best = config.override({key: _plain(table[key][0]) for key in parameters}) if found else None
     outcome = SweepResult(
@@ -175,8 +178,8 @@ def summarize(
         trials=table,
         points=pd.DataFrame(points, columns=["trial", *parameters, "kimg", "fid"]),
         best_config=best,
-        kimg_spent=float(table["kimg"].sum()),
-        kimg_full=len(table) * config.total_kimg,
+        kimg_spent=float(table["kimg"][~failed].sum()),
+        kimg_full=int((~failed).sum()) * config.total_kimg,
     )
     _write(outcome, config, parameters)
     return outcome
