@@ -25,9 +25,9 @@ class Evaluate:
     model: str | None = None
     """A model: NAME@ALIAS, NAME@VERSION, path or URI."""
     dataset: str | None = None
-    """Dataset to compare with; by default the one trained on."""
+    """Dataset to compare with; by default the one trained on, which imported models do not have."""
     num_samples: int | None = None
-    """Images to generate; by default as many as in training."""
+    """Images to generate; by default as many as in training (10,000 for an imported model)."""
     truncation: float | None = None
     """Keep latents in [-t, t]; by default they are not truncated."""
     extractor: str = "classifier"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from biggan.classes import class_id
 from biggan.commands import parse, run_command
 from biggan.errors import UserError
 from biggan.generation import generate
+from biggan.interpolation import interpolate
 from biggan.models import load_generator
+from biggan.networks import Generator
 from biggan.pixels import sheet
 from biggan.storage import Folder, absolute
 
@@ -23,6 +28,8 @@ class Generate:
     """Generate images with a model of the store.
 
     python jobs/generate.py --model digits@best --output sheet.png
+
+    python jobs/generate.py --model digits@best --output between.png --interpolate 10
 
     python jobs/generate.py --model digits@best --output images/ --n 10000
 
@@ -42,6 +49,8 @@ class Generate:
     """Image i has seed SEED + i."""
     truncation: float | None = None
     """Keep latents in [-t, t]: smaller is more typical, less varied; by default not at all."""
+    interpolate: int | None = None
+    """Frames a row, on a sheet whose rows lead from each image that there would be to the next."""
     format: Literal["png", "parquet"] = "png"
     """What a folder is filled with."""
     gpu: bool | None = None
@@ -61,12 +70,19 @@ def main() -> None:
     output = absolute(command.output)
     picture_format = Image.registered_extensions().get(PurePath(output).suffix.lower())
     if picture_format in Image.SAVE:
-        picture = sheet(G.sample(ids, command.seed, command.truncation), min(len(chosen), 20))
+        if command.interpolate is None:
+            images, columns = G.sample(ids, command.seed, command.truncation), min(len(chosen), 20)
+        else:
+            images, columns = _rows(G, command, ids), command.interpolate
+        picture = sheet(images, columns)
         file = io.BytesIO()
         picture.save(file, picture_format)
         Folder(output).parent.write_bytes(Folder(output).name, file.getvalue())
+        n = len(images)
+    elif command.interpolate is not None:
+        raise UserError(f"--output {command.output}: --interpolate makes a picture, such as x.png")
     else:
-        generate(
+        n = generate(
             command.model,
             output,
             class_ids=ids,
@@ -76,7 +92,17 @@ def main() -> None:
             gpu=command.gpu,
             root=command.storage,
         )
-    print(f"{command.n:,} images in {output}")
+    print(f"{n:,} images in {output}")
+
+
+def _rows(G: Generator, command: Generate, ids: Sequence[int]) -> np.ndarray:
+    """As many whole rows of frames as `--n` allows."""
+    steps = command.interpolate or 0
+    if not 2 <= steps <= command.n:
+        raise UserError(f"--interpolate {steps}: must be from 2 to --n {command.n}")
+    ends = list(enumerate(ids, command.seed))[: command.n // steps + 1]
+    rows = [interpolate(G, a, b, steps, command.truncation) for a, b in pairwise(ends)]
+    return np.concatenate(rows)
 
 
 if __name__ == "__main__":

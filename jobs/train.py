@@ -42,7 +42,7 @@ class Train:
 
 
 def main() -> int:
-    """Train the run that the command line describes; status 1 if it diverged."""
+    """Train the run that the command line describes; status 1 if it diverged or collapsed."""
     command = parse(Train, default=Train(name=tyro.MISSING, config=base_config("runs")))
     result = train(command.config, command.name, root=command.storage, scaling=command.scaling)
     try:
@@ -50,7 +50,7 @@ def main() -> int:
         print(f"best checkpoint: {folder} (FID {info.fid:.3f}, {info.images_seen / 1000:g} kimg)")
     except StorageError as error:
         print(error)
-    if result.diverged:
+    if result.diverged or result.collapsed:
         print(
             f"error: run {command.name} {result.stop_reason}; try lower learning rates",
             file=sys.stderr,

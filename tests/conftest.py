@@ -30,6 +30,8 @@ from biggan.config import RunConfig
 from biggan.data.dataset import Dataset
 from biggan.data.preparation import Preparation, prepare
 from biggan.loop import KeepCheckpoints, TrainingLoop
+from biggan.models import ModelCard, ModelStore
+from biggan.networks import Generator
 from biggan.parallel import CPU, Workers
 from biggan.promotion import promote
 from biggan.runs import latest_checkpoint, open_run
@@ -171,6 +173,22 @@ def tiny_run(digits):
 def tiny_model(tiny_run):
     """The tiny run's best generator in the store, as `tiny@best` = `tiny@v1`."""
     return promote(run="tiny", name="tiny")
+
+
+def add_imported(name: str, G: Generator) -> Folder:
+    """A version of model `name` as an import leaves it: best, with no run behind it, and no FID."""
+    store = ModelStore(name)
+    card = ModelCard(
+        name=name,
+        version=store.next_version(),
+        created="2026-01-01T00:00:00+00:00",
+        imported={"format": "somebody's"},
+        code={},
+        licence="",
+    )
+    folder = store.add(G, card, G.sample(range(G.n_classes)), G.n_classes)
+    store.set_alias("best", card.version)
+    return folder
 
 
 def job(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:

@@ -5,11 +5,13 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import job
+from conftest import add_imported, job
 from PIL import Image
 
 import biggan
+from biggan.errors import UserError
 from biggan.generation import PART_IMAGES, generate
+from biggan.truncation import TruncationTables
 
 
 def test_parquet_parts_hold_every_image_once(cluster, tiny_model, tmp_path):
@@ -52,6 +54,29 @@ def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
     assert Image.open(tmp_path / "sheet.GIF").format == "GIF"
 
 
+def test_rows_of_a_sheet_lead_from_image_to_image(tiny_model, tmp_path):
+    picture = tmp_path / "between.png"
+    done = job("generate", "--model", "tiny", "--output", str(picture), "--n", "14",
+               "--interpolate", "4", "--classes", "3", "7", "--seed", "5")  # fmt: skip
+    assert "12 images in" in done.stdout
+    pixels = np.asarray(Image.open(picture)).astype(int)
+    assert pixels.shape == (3 * 34 + 2, 4 * 34 + 2)
+    ends = biggan.load_generator("tiny").sample([3, 7, 3, 7], seed=5)[..., 0]
+    for row in range(3):  # Every pixel is two by two; 34 pixels from tile to tile.
+        for column, image in ((0, ends[row]), (3, ends[row + 1])):
+            top, left = 2 + 34 * row, 2 + 34 * column
+            tile = pixels[top : top + 32 : 2, left : left + 32 : 2]
+            assert np.abs(tile - image).max() <= 1
+
+
+def test_a_scale_above_one_is_refused_before_anything_runs(tiny_model, tmp_path):
+    G = biggan.load_generator("tiny@v1")
+    G.add_tables(TruncationTables(truncations=(0.0, 0.5, 1.0), convention="scale"))
+    folder = add_imported("scaled", G)
+    with pytest.raises(UserError, match=r"truncation is 1.5: this model scales its latents"):
+        generate(folder.uri, str(tmp_path / "out"), class_ids=[0], truncation=1.5)
+
+
 @pytest.mark.parametrize(
     "flags,said",
     [
@@ -59,6 +84,8 @@ def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
         (["--seed", "-1"], "seed -1: must be from 0 to"),
         (["--truncation", "-1"], "truncation"),
         (["--classes", "cat"], "cat"),
+        (["--interpolate", "1"], "--interpolate 1: must be from 2 to --n 100"),
+        (["--interpolate", "8", "--output", "frames"], "--output frames: --interpolate makes a"),
         (["--model", "absent"], "not in the store"),
     ],
 )

@@ -192,7 +192,8 @@ def test_a_run_that_was_over_says_so_again(tiny_run, digits):
 
 def test_a_checkpoint_holds_all_that_the_next_step_depends_on(tiny_run):
     state = last_state(tiny_run)
-    assert set(state) == {"G", "D", "G_ema", "optim_G", "optim_D"}
+    networks = {"G", "D", "G_ema", "optim_G", "optim_D"}
+    assert set(state) == networks | {"scaler_G", "scaler_D", "running"}
     info = list(checkpoints(tiny_run).values())[-1]
     # Seed and step are the state of every random stream, and the position in the data.
     assert (info.step, info.images_seen, info.seed) == (16, 512, 0)

@@ -1,10 +1,12 @@
 """FID's parts against numpy and scipy, and the whole against a computation done again."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import tiny
+from conftest import add_imported, tiny
 
 from biggan.config import ConfigError
 from biggan.errors import UserError
@@ -58,14 +60,20 @@ def test_frechet_distance_of_gaussians_by_hand():
     assert frechet_distance(m1, c1, m1, c1) == pytest.approx(0, abs=1e-9)
 
 
-def test_fid_done_again(digits, tiny_model):
+@pytest.mark.parametrize("truncation", [None, 0.5])
+def test_fid_done_again(digits, tiny_model, truncation):
     G = load_generator("tiny@best")
-    fid = measure(G, digits, num_samples=300)
+    fid = measure(G, digits, num_samples=300, truncation=truncation)
     extractor = load_extractor("classifier", digits.folder, CPU)
-    z = sample_z([EVALUATION_SEED + i for i in range(300)], G.z_dim)
+    z = sample_z([EVALUATION_SEED + i for i in range(300)], G.z_dim, truncation)
     labels = digits.class_sampler.spread(300)
+    if truncation:
+        for norm in G.batch_norms():  # The moments that were collected at it.
+            i = G.tables.truncations.index(truncation)
+            norm.running_mean, norm.running_var = norm.table_mean[i], norm.table_var[i]
     with torch.inference_mode():
-        fakes = extractor.network.features(from_uint8(to_uint8(G(z, labels)))).double().numpy()
+        images = to_uint8(G(z, labels))
+        fakes = extractor.network.features(from_uint8(images)).double().numpy()
         reals = extractor.network.features(from_uint8(digits.images)).double().numpy()
     c1, c2 = np.cov(fakes.T), np.cov(reals.T)
     gap = ((fakes.mean(0) - reals.mean(0)) ** 2).sum()
@@ -110,6 +118,30 @@ def test_the_classifier_is_deterministic_and_accurate(digits):
 def test_unknown_extractor(digits):
     with pytest.raises(ConfigError, match="'vgg' is not known; known: classifier"):
         load_extractor("vgg", digits.folder, CPU)
+
+
+def test_other_moments_are_another_protocol(digits, tiny_model):
+    with_tables, without = load_generator("tiny@best"), load_generator("tiny@best")
+    without.tables = None
+    at = {"num_samples": 64, "standing": 16_384}
+    assert measure(with_tables, digits, **at) == measure(without, digits, **at)
+    theirs, ours = (measure(G, digits, **at, truncation=0.6) for G in (without, with_tables))
+    assert theirs.protocol["tables"] is None
+    assert ours.protocol["tables"]["images"] == 4096
+    assert theirs.protocol | {"tables": ours.protocol["tables"]} == ours.protocol
+    assert theirs.value != pytest.approx(ours.value, rel=1e-3)
+    assert json.loads(json.dumps(ours.protocol)) == ours.protocol  # As a card gives it back.
+
+
+def test_an_imported_model_has_to_be_told_its_dataset(digits, tiny_model):
+    folder = add_imported("no-run", load_generator("tiny@v1"))
+    with pytest.raises(UserError, match=r"model no-run@v1 was imported.*name a prepared one"):
+        evaluate(model="no-run@v1")
+    fid = evaluate(model=folder.uri, dataset="digits")
+    assert fid.num_samples == 10_000
+    assert fid.standing_statistics == 0
+    again = evaluate(model="tiny@v1", num_samples=10_000)
+    assert fid.value == pytest.approx(again.value, rel=1e-4)
 
 
 def test_evaluating_runs_checkpoints_and_models(tiny_run, tiny_model):

@@ -1,5 +1,7 @@
 """Workers together compute what one would alone: real processes, over gloo."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from biggan.data.batches import Batches
 from biggan.data.dataset import Dataset
 from biggan.layers import CrossReplicaBatchNorm2d
 from biggan.parallel import CPU, Workers
-from biggan.training import TrainStep, build
+from biggan.training import StepInputs, TrainStep, build
 
 
 def join(rank, size, rendezvous):
@@ -65,6 +67,21 @@ CONFIG = RunConfig().override(
 )
 
 
+def in_double(inputs):
+    def convert(item):
+        return replace(
+            item,
+            **{
+                name: value.double()
+                for name, value in vars(item).items()
+                if value is not None and value.is_floating_point()
+            },
+        )
+
+    d = [[(convert(real), convert(fake)) for real, fake in parts] for parts in inputs.d]
+    return StepInputs(d, [convert(fake) for fake in inputs.g])
+
+
 def train(workers, dataset, steps=5):
     """In float64: in float32 a value at the kink of a ReLU may fall to either side."""
     state = build(CONFIG, **dataset.info.shape, device=CPU)
@@ -73,7 +90,7 @@ def train(workers, dataset, steps=5):
     batches = Batches(CONFIG, dataset, workers)
     step = TrainStep(CONFIG, state, workers)
     for _ in range(steps):
-        step(tree_map(lambda x: x.double() if x.is_floating_point() else x, batches.inputs(state.step)))
+        step(in_double(batches.inputs(state.step)))
     return {name: getattr(state, name).state_dict() for name in ("G", "D", "G_ema")}
 
 

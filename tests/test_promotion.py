@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import tiny, train_here
+from conftest import add_imported, tiny, train_here
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -39,6 +39,12 @@ def test_a_version_is_what_the_store_promises(tiny_model):
     assert card.fid_protocol["extractor"] == "classifier"
     assert card.fid_protocol["standing_statistics"] == 16_384
     assert card.fid_protocol["num_samples"] == 64
+    assert card.fid_protocol["tables"] is None
+    assert folder.read_json("config.json")["tables"] == {
+        "truncations": [0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
+        "convention": "threshold",
+        "images": 4096,
+    }
     assert card.hyperparameters == tiny()
     assert Image.open(f"{folder.path}/samples.png").size[0] > 160
     assert tiny_model.is_best
@@ -90,6 +96,9 @@ def test_best_moves_only_to_a_lower_fid_unless_forced(tiny_run, worse_run):
     store = ModelStore("contest")
     worse = biggan.promote(run="worse", name="contest")
     assert (worse.is_best, worse.reason) == (True, "the first version")
+    card = worse.folder.read_json("card.json")
+    del card["fid_protocol"]["tables"]  # As cards were before there were any: None, that is.
+    worse.folder.write_json("card.json", card)
     better = biggan.promote(run="tiny", name="contest")
     assert better.card.fid < worse.card.fid
     assert better.is_best
@@ -110,6 +119,15 @@ def test_fids_of_different_protocols_are_not_compared(tiny_run, digits):
     other = biggan.promote(run="otherwise", name="protocols")
     assert not other.is_best
     assert "is not comparable with that of v1 (num_samples: 64 and 128)" in other.reason
+
+
+def test_an_imported_model_without_an_fid_is_not_compared(tiny_model):
+    add_imported("unmeasured", biggan.load_generator("tiny@v1"))
+    promotion = biggan.promote(run="tiny", name="unmeasured")
+    assert not promotion.is_best
+    assert promotion.reason == "v1 has no FID; --force moves it all the same"
+    forced = biggan.promote(run="tiny", name="unmeasured", force=True)
+    assert (forced.is_best, forced.reason) == (True, "forced")
 
 
 def test_the_best_trial_of_a_sweep_is_promoted(tiny_run, worse_run, tmp_path):

@@ -126,7 +126,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
                     Fakes(fakes.z[part], fakes.labels[part]),
                 )
                 for part in parts
-            ]
+            ],
+            lend=False,
         )
         gradients.append([p.grad.clone() for p in state.D.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -149,6 +150,6 @@ def test_gradients_of_D_are_spared_in_Gs_update():
     state = build(run, **SHAPE, device=CPU)
     step = TrainStep(run, state)
     state.optim_D.zero_grad()
-    step._update_G(inputs(run).g)
+    step._update_G(inputs(run).g, [])
     assert all(p.grad is None for p in state.D.parameters())
     assert all(p.requires_grad for p in state.D.parameters())

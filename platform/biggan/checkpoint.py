@@ -1,6 +1,7 @@
 """Checkpoints: all that the next step depends on, in one file that loads without pickle.
 
-A checkpoint is a folder with `state.pt` (G, D, G_ema, both optimizers, counters) and
+A checkpoint is a folder with `state.pt` (G, D, G_ema, both optimizers, and what scaling and
+regularizers remember) and
 `checkpoint.json` (step, FID, the size and SHA-256 of `state.pt`), which is written last. There are
 no generator states to save: every random draw is a function of the seed and the step
 (`biggan.latents`), so seed and step are the random state, of every rank, and the position of the
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from biggan.guard import GuardState
 from biggan.metrics.fid import FID
 from biggan.networks import Generator
 from biggan.storage import Folder, StorageError
@@ -24,6 +26,17 @@ from biggan.training import TrainState
 
 STATE = "state.pt"
 DESCRIPTION = "checkpoint.json"
+
+
+class Rollback(BaseModel):
+    """One return to an earlier checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_step: int
+    to_step: int
+    signal: str
+    """What told of the collapse."""
 
 
 class Standing(BaseModel):
@@ -42,6 +55,10 @@ class Standing(BaseModel):
     """Time spent training and evaluating, over all interruptions."""
     window: dict[str, float] = {}
     """Losses summed since the last row of metrics, and `steps` and `seconds` in them."""
+    guard: GuardState = GuardState()
+    """What the guard against collapse remembers."""
+    rollbacks: list[Rollback] = []
+    """Returns to earlier checkpoints, each of which lowered the learning rates."""
 
 
 class CheckpointInfo(BaseModel):
@@ -82,6 +99,9 @@ def save(
             "G_ema": state.G_ema.state_dict(),
             "optim_G": state.optim_G.state_dict(),
             "optim_D": state.optim_D.state_dict(),
+            "scaler_G": state.scaler_G.state_dict(),
+            "scaler_D": state.scaler_D.state_dict(),
+            "running": state.running,
         },
         file,
     )
@@ -93,7 +113,7 @@ def save(
         seed=seed,
         fid=fid.value if fid else None,
         fid_protocol=fid.protocol if fid else None,
-        standing=standing.model_copy(),
+        standing=standing.model_copy(deep=True),
         state_bytes=len(content),
         state_sha256=hashlib.sha256(content).hexdigest(),
     )
@@ -111,6 +131,12 @@ def restore(folder: Folder, state: TrainState) -> Standing:
         # Moments are the checkpoint's; learning rates and the like are the configuration's.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": content[name]["state"], "param_groups": groups})
+    for name in ("scaler_G", "scaler_D"):
+        scaler: torch.amp.GradScaler = getattr(state, name)
+        if content[name]:  # An idle one has no state.
+            scaler.load_state_dict(content[name])
+    for name, value in content["running"].items():
+        state.running[name].copy_(value)
     state.step, state.images_seen = info.step, info.images_seen
     return info.standing
 

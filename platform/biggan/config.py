@@ -98,6 +98,24 @@ class LossConfig(Section):
     """Strength of orthogonal regularization on D's weights; the paper leaves it off."""
     ortho_variant: Literal["modified", "full"] = "modified"
     """modified: eq. 3 of the paper, which leaves norms free; full: Brock et al. 2016."""
+    r1: float = Field(0.0, ge=0)
+    """Gamma of R1, D's squared gradient on real images (Mescheder et al. 2018); 0 is off."""
+    r1_every: int = Field(1, ge=1)
+    """Steps between applications of R1, each then so many times as strong."""
+    lecam: float = Field(0.0, ge=0)
+    """Weight of LeCam, for little data (Tseng et al. 2021; 0.1 to 0.5 on CIFAR); 0 is off."""
+    lecam_decay: float = Field(0.99, ge=0, lt=1)
+    """Decay an update of LeCam's moving averages of D's logits."""
+    consistency: float = Field(0.0, ge=0)
+    """Weight of consistency of D under flips and shifts on real images (CR, Zhang et al. 2019;
+    10 there); 0 is off. Wrong where mirrored images are not of the data's kind."""
+    consistency_fake: float = Field(0.0, ge=0)
+    """The same on fake images (with it: bCR, Zhao et al. 2020; 10 there)."""
+    topk: float = Field(1.0, gt=0, le=1)
+    """Part of a micro-batch's fakes, those that D rates best, that G learns from in the end
+    (Sinha et al. 2020; 0.5 to 0.75 there); 1 is off."""
+    topk_kimg: float = Field(0.0, ge=0)
+    """Thousand images over which that part falls from 1, geometrically."""
 
 
 class OptimConfig(Section):
@@ -136,6 +154,78 @@ class DataConfig(Section):
 
     flip: bool = False
     """Mirror half of the real images left to right. Wrong for text, digits and most scans."""
+
+
+class AugmentConfig(Section):
+    """What D's input, real and fake alike, goes through: for small datasets."""
+
+    name: Literal["none", "diffaugment", "ada"] = "none"
+    """none; diffaugment (Zhao et al. 2020); ada, whose strength follows D (Karras et al. 2020)."""
+    policy: tuple[Literal["color", "translation", "cutout"], ...] = (
+        "color",
+        "translation",
+        "cutout",
+    )
+    """What diffaugment consists of."""
+    ada_target: float = Field(0.6, gt=0, lt=1)
+    """What ada holds the mean sign of D's logits on real images at."""
+    ada_kimg: float = Field(500.0, gt=0)
+    """Thousand images in which ada's probability can go from 0 to 1."""
+
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+
+
+class SpeedConfig(Section):
+    """How a step is computed. `benchmarks/README.md` has the figures behind the defaults."""
+
+    precision_g: Precision = "float32"
+    """What G's products are computed in; float16 with gradient scaling. Weights, their averages
+    and batch-norm moments stay in float32."""
+    precision_d: Precision = "float32"
+    """What D's products are computed in; tf32 needs tf32 for both."""
+    channels_last: bool = True
+    """Keep feature maps in NHWC order, which convolutions prefer."""
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """torch.compile's mode for G and D; reduce-overhead uses CUDA graphs."""
+    fused_optimizer: bool = True
+    """Adam in one kernel for all weights."""
+    reuse_fakes: bool = False
+    """Let the last D update lend its fakes to G's update, which spares G's second forward."""
+    recompute: bool = False
+    """Keep only the inputs of the blocks, and compute the rest again in the backward: less
+    memory for more time (activation checkpointing)."""
+    auto_accumulate: bool = False
+    """Where a batch does not fit in memory, take the accumulation that fits, and go on."""
+    keep_memory: bool = True
+    """On a CPU, keep memory for the next step that would be returned to the system."""
+
+    @model_validator(mode="after")
+    def _tf32_is_for_both(self) -> Self:
+        if {self.precision_g, self.precision_d} == {"float32", "tf32"}:
+            raise ValueError(
+                f"precision_g = {self.precision_g!r}, precision_d = {self.precision_d!r}: tf32 is a"
+                " switch of the whole process; set both to tf32 or both to float32"
+            )
+        return self
+
+
+class CollapseConfig(Section):
+    """What counts as a collapse (section 4 of the paper); looked for ten times a window."""
+
+    sigma_growth: float = Field(3.0, gt=1)
+    """A layer's largest singular value has grown this many times over within `window_kimg`."""
+    d_accuracy: float = Field(0.995, gt=0.5, le=1)
+    """D has told real from fake at this rate, both, over the whole of `window_kimg`."""
+    class_variance: float = Field(0.02, ge=0)
+    """Fakes vary within a class less than this part of what the real images do."""
+    window_kimg: float = Field(0.0, ge=0)
+    """Thousand images over which trends are taken; also the respite at the start of a run. 0 is
+    a thousand steps."""
+    lr_factor: float = Field(0.5, gt=0, lt=1)
+    """What a rollback multiplies both learning rates by."""
+    max_rollbacks: int = Field(5, ge=1)
+    """Rollbacks before the guard stops the run."""
 
 
 class EvalConfig(Section):
@@ -184,7 +274,16 @@ class RunConfig(Section):
     ema: EMAConfig = EMAConfig()
     """Weight averaging."""
     data: DataConfig = DataConfig()
-    """Augmentation."""
+    """How real images are shown."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of all that D sees."""
+    speed: SpeedConfig = SpeedConfig()
+    """Precision, memory layout, compilation."""
+    guard: Literal["stop", "rollback", "off"] = "stop"
+    """What a collapse leads to: the end of the run, a return to the last good checkpoint with
+    smaller learning rates, or nothing."""
+    collapse: CollapseConfig = CollapseConfig()
+    """When the guard acts."""
     eval: EvalConfig = EvalConfig()
     """FID while training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -200,10 +299,30 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> Self:
+        if self.speed.reuse_fakes and self.optim.accumulation > 1:
+            raise ValueError(
+                f"speed.reuse_fakes keeps the fakes of a whole batch, which optim.accumulation"
+                f" {self.optim.accumulation} is to avoid: switch one of them off"
+            )
+        if self.loss.r1 and self.speed.compile != "off":
+            raise ValueError(
+                f"loss.r1 {self.loss.r1} differentiates twice, which speed.compile"
+                f" {self.speed.compile!r} cannot: switch one of them off"
+            )
+        return self
+
     @property
     def step_images(self) -> int:
         """Real images that one step (num_D_steps updates of D, one of G) consumes."""
         return self.optim.batch_size * self.optim.num_D_steps
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether anything random happens to images before D sees them."""
+        consistent = self.loss.consistency or self.loss.consistency_fake
+        return self.augment.name != "none" or consistent > 0
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -76,12 +76,17 @@ class RunResult:
 
     folder: Folder
     stop_reason: str
-    """"finished", "patience", or "diverged: ..." with the step and the cause."""
+    """"finished", "patience", "diverged: ..." or "collapsed: ..." with the place and the cause."""
 
     @property
     def diverged(self) -> bool:
         """Whether a loss or weight became infinite or NaN."""
         return self.stop_reason.startswith("diverged")
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the guard saw a collapse."""
+        return self.stop_reason.startswith("collapsed")
 
     @property
     def best(self) -> tuple[Folder, CheckpointInfo]:

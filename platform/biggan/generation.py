@@ -16,7 +16,6 @@ import ray.data
 from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
 from biggan.data.dataset import Progress, encode
 from biggan.errors import UserError
-from biggan.latents import check_seed, check_truncation
 from biggan.models import find_model, load_generator
 from biggan.pixels import to_pil
 from biggan.storage import Folder, absolute
@@ -84,11 +83,9 @@ def generate(
     """
     if not class_ids:
         raise UserError("no classes given: name one for each image")
-    check_seed(seed)
-    check_seed(seed + len(class_ids) - 1)
-    if truncation is not None:
-        check_truncation(truncation)
     folder = find_model(model, root)
+    # What is out of range is told here, not by an actor.
+    load_generator(folder.uri).latents([seed, seed + len(class_ids) - 1], truncation)
     output = absolute(output)  # Where the actors run, a relative path would lead elsewhere.
     connect()
     plan = [

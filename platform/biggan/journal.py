@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -22,8 +22,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from biggan.checkpoint import Standing
 from biggan.config import RunConfig
+from biggan.guard import Reading, sigma_growth
 from biggan.metrics.fid import FID
-from biggan.runs import METRICS, read_metrics
+from biggan.runs import METRICS, SIGNALS, read_rows
 from biggan.storage import Folder
 
 ROW_EVERY_KIMG = 1.0
@@ -47,15 +48,20 @@ class Journal:
         self._temporary = None if run.is_local else tempfile.TemporaryDirectory()
         self._local = Path(self._temporary.name if self._temporary else run.path)
         (self._local / "samples").mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_metrics(run) if row["step"] <= step]
-        kept = "".join(json.dumps(row) + "\n" for row in rows)
-        Folder(str(self._local)).write_bytes(METRICS, kept.encode())
-        self._metrics = (self._local / METRICS).open("a")
+        self._metrics = self._take_up(METRICS, step)
+        self._signal_rows = self._take_up(SIGNALS, step)
         self._tensorboard = SummaryWriter(str(self._local), purge_step=step + 1)
         self._line_time = self._start_time = time.monotonic()
         self._start_step = step
         what = f"resuming at {self._kimg(step):g} of" if step else "starting a run of"
         self._say(f"{run.name}: {what} {config.total_kimg:g} kimg on {config.dataset}")
+
+    def _take_up(self, name: str, step: int) -> TextIO:
+        """A file of rows, to be appended to, without those beyond `step`."""
+        kept = [row for row in read_rows(self.run, name) if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        Folder(str(self._local)).write_bytes(name, text.encode())
+        return (self._local / name).open("a")
 
     def _kimg(self, step: int) -> float:
         return step * self.config.step_images / 1000
@@ -67,9 +73,12 @@ class Journal:
         seconds: float,
         fid: FID | None,
         standing: Standing,
+        signals: Reading | None = None,
     ) -> None:
-        """Note a step's losses and duration, and the FID if it was evaluated."""
+        """Note a step's losses and duration, and FID and signals of collapse if they were taken."""
         window = standing.window
+        if signals:
+            self._signals(step, standing.guard.readings)
         for name, value in {**losses, "steps": 1, "seconds": seconds}.items():
             window[name] = window.get(name, 0.0) + value
         border = math.floor(self._kimg(step) / ROW_EVERY_KIMG)
@@ -92,6 +101,26 @@ class Journal:
             if name not in ("step", "time", "fid_extractor"):
                 tag = f"fid/{fid.extractor}" if fid and name == "fid" else name
                 self._tensorboard.add_scalar(tag, value, step)
+
+    def _signals(self, step: int, readings: list[Reading]) -> None:
+        now = readings[-1]
+        layer, growth = sigma_growth(readings)
+        row = {
+            "step": step,
+            "kimg": now.kimg,
+            "accuracy_real": now.accuracy_real,
+            "accuracy_fake": now.accuracy_fake,
+            "class_variance": now.class_variance,
+            "sigma_growth": growth,
+            "sigma_growth_layer": layer,
+            "sigma": now.sigma,
+        }
+        self._signal_rows.write(json.dumps(row) + "\n")
+        self._signal_rows.flush()
+        for name in ("class_variance", "sigma_growth"):
+            self._tensorboard.add_scalar(f"guard/{name}", row[name], step)
+        for name, value in now.sigma.items():
+            self._tensorboard.add_scalar(f"sigma/{name}", value, step)
 
     def _line(self, step: int, losses: dict[str, float], standing: Standing) -> None:
         self._line_time = now = time.monotonic()
@@ -130,8 +159,13 @@ class Journal:
             else ""
         )
         self._say(f"{self.run.name}: {reason} at {self._kimg(step):g} kimg{best}")
+        self.leave()
+
+    def leave(self) -> None:
+        """Make everything safe, and release files; another journal may go on from here."""
         self.flush()
         self._metrics.close()
+        self._signal_rows.close()
         self._tensorboard.close()
         if self._temporary:
             self._temporary.cleanup()

@@ -31,6 +31,9 @@ class Stream(IntEnum):
     STANDING_STATISTICS = 5
     SPLIT = 6
     CLASSIFIER = 7
+    D_NOISE = 8
+    G_NOISE = 9
+    GUARD = 10
 
 
 def rng(seed: int, stream: Stream, counter: int = 0) -> np.random.Generator:

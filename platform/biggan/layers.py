@@ -36,14 +36,20 @@ class SpectralNorm(nn.Module):
 
     def _init_spectral_norm(self, sn_eps: float) -> None:
         self.sn_eps = sn_eps
-        matrix = self.weight.flatten(1)
-        self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
-        self.register_buffer("v", torch.zeros(matrix.shape[1]), persistent=False)
+        rows, columns = self.weight.flatten(1).shape
+        self.register_buffer("u", F.normalize(torch.randn(rows), dim=0))
+        self.register_buffer("v", torch.zeros(columns), persistent=False)
+
+    def _matrix(self) -> Tensor:
+        """`weight` as a matrix, a row an output; columns in whatever order they lie in memory."""
+        if self.weight.ndim == 4 and not self.weight.is_contiguous():  # Channels last.
+            return self.weight.permute(0, 2, 3, 1).flatten(1)
+        return self.weight.flatten(1)
 
     def _iterate(self) -> tuple[Tensor, Tensor]:
         """One power iteration from `u`: the next (u, v)."""
         assert self.u is not None
-        W = self.weight.detach().flatten(1)
+        W = self._matrix().detach()
         v = F.normalize(W.T @ self.u, dim=0, eps=self.sn_eps)
         return F.normalize(W @ v, dim=0, eps=self.sn_eps), v
 
@@ -67,8 +73,15 @@ class SpectralNorm(nn.Module):
                 u, v = self._iterate()
                 if self.training:
                     self.u.copy_(u)
-            sigma: Tensor = u @ (self.weight.flatten(1) @ v)
+            sigma: Tensor = u @ (self._matrix() @ v)
             return sigma
+
+    @torch.no_grad()
+    def estimate(self) -> Tensor:
+        """|W^T u|, which converges to the largest singular value from below; changes nothing."""
+        assert self.u is not None
+        norm: Tensor = torch.linalg.vector_norm(self._matrix().T @ self.u)
+        return norm
 
     def normalized_weight(self) -> Tensor:
         """`weight` / sigma(`weight`), in the shape of `weight`."""

@@ -19,17 +19,28 @@ from PIL import Image
 from torch import nn
 
 from biggan import checkpoint
-from biggan.checkpoint import Standing
+from biggan.checkpoint import Rollback, Standing, is_undamaged
 from biggan.config import RunConfig
 from biggan.data.batches import Batches
 from biggan.data.dataset import Dataset, Progress
+from biggan.guard import Guard, Reading
 from biggan.journal import Journal
+from biggan.memory import (
+    DoesNotFitError,
+    free_unused_memory,
+    is_out_of_memory,
+    keep_freed_memory,
+    remember_accumulation,
+    smaller_accumulations,
+    with_accumulation,
+    with_fitting_accumulation,
+)
 from biggan.metrics.extractors import load_extractor
 from biggan.metrics.fid import FID, Evaluator
 from biggan.networks import Generator
 from biggan.parallel import Workers
 from biggan.pixels import sheet
-from biggan.runs import checkpoints
+from biggan.runs import checkpoints, latest_checkpoint
 from biggan.storage import Folder
 from biggan.training import TrainStep, build
 
@@ -82,8 +93,22 @@ def reason_to_stop(config: RunConfig, images_seen: int, standing: Standing) -> s
     return "finished" if images_seen >= config.total_kimg * 1000 else ""
 
 
-class DivergedError(RuntimeError):
+class StopError(RuntimeError):
+    """Training cannot go on as it is; `kind` and message make the reason why a run ended."""
+
+    kind = "stopped"
+
+
+class DivergedError(StopError):
     """A loss or weight is no longer finite; says which, and at what step."""
+
+    kind = "diverged"
+
+
+class CollapsedError(StopError):
+    """The guard saw a collapse; says which signal fired, with its figures."""
+
+    kind = "collapsed"
 
 
 class TrainingLoop:
@@ -105,41 +130,167 @@ class TrainingLoop:
         """
         # A resumed run is the uninterrupted one bit for bit: no kernels that add in any order.
         torch.backends.cudnn.deterministic = True
-        self.config = config
+        if config.speed.keep_memory and workers.device.type == "cpu":
+            keep_freed_memory()
+        self.config = with_fitting_accumulation(config, run)
         self.workers = workers
         self.report = report
+        self.run_folder = run
         self.dataset = dataset
-        self.state = build(config, **dataset.info.shape, device=workers.device)
+        self.say = say
         self.standing = Standing()
-        if resume_from:
-            self.standing = checkpoint.restore(resume_from, self.state)
-        self.batches = Batches(config, dataset, workers)
-        self.train_step = TrainStep(config, self.state, workers.wrap)
+        self._begin(resume_from)
+        self.guard = Guard(config, dataset, workers)
         extractor = load_extractor(config.eval.extractor, dataset.folder, workers.device)
         self.evaluator = Evaluator(dataset, extractor)
-        self.journal = Journal(config, run, self.state.step, say) if workers.is_main else None
+        self.journal = self._open_journal()
         self._started = time.monotonic() - self.standing.seconds
 
+    def _begin(self, resume_from: Folder | None) -> None:
+        """Take up a checkpoint, or start anew: networks, optimizers, and where the run stands."""
+        for name in ("train_step", "state"):  # There may be no room for two.
+            self.__dict__.pop(name, None)
+        free_unused_memory()
+        self.state = build(self.config, **self.dataset.info.shape, device=self.workers.device)
+        standing = checkpoint.restore(resume_from, self.state) if resume_from else Standing()
+        # A run that was rolled back knows more of its past than the checkpoint it is back at.
+        if len(self.standing.rollbacks) > len(standing.rollbacks):
+            standing.rollbacks = self.standing.rollbacks
+        self.standing = standing
+        factor = self.config.collapse.lr_factor ** len(standing.rollbacks)
+        for optimizer in (self.state.optim_G, self.state.optim_D):
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+        self.batches = Batches(self.config, self.dataset, self.workers)
+        self.train_step = TrainStep(self.config, self.state, self.workers)
+
+    def _open_journal(self) -> Journal | None:
+        if not self.workers.is_main:
+            return None
+        return Journal(self.config, self.run_folder, self.state.step, self.say)
+
     def run(self) -> str:
-        """Train to the end; returns why it ended: "finished", "patience", or "diverged: ..."."""
+        """Train to the end; returns why it ended.
+
+        "finished", "patience", "diverged: ..." or "collapsed: ...". Raises `DoesNotFitError` if a
+        micro-batch does not fit in memory.
+        """
         if reason := self._reason_to_stop():  # It had ended, but that may not have been heard of.
             self.report(self._metrics(WORST_FID, reason), None)
-        try:
-            while not (reason := self._reason_to_stop()):
-                begin = time.monotonic()
-                losses = self._step()
-                seconds = time.monotonic() - begin
-                fid = self._evaluate() if self._due(self.config.eval.every_kimg) else None
-                if self.journal:
-                    self.journal.step(self.state.step, losses, seconds, fid, self.standing)
-                if fid or self._due(self.config.checkpoint.every_kimg):
-                    self._checkpoint(fid)
-        except DivergedError as error:
-            reason = f"diverged: {error}"
-            self.report(self._metrics(WORST_FID, reason), None)
+        while not (reason := self._reason_to_stop()):
+            memory_error = None
+            try:
+                self._advance()
+            except StopError as error:
+                if not self._roll_back(str(error)):
+                    reason = f"{error.kind}: {error}"
+                    self.report(self._metrics(WORST_FID, reason), None)
+                    break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                memory_error = str(error).splitlines()[0]
+            if memory_error:  # Outside the clause, which holds on to the tensors of the step.
+                self._accumulate_more(memory_error)
         if self.journal:
             self.journal.close(self.state.step, reason, self.standing)
         return reason
+
+    def _advance(self) -> None:
+        """One step, and what is due after it."""
+        begin = time.monotonic()
+        measured = self._step()
+        seconds = time.monotonic() - begin
+        signals = self._look() if self._due(self.guard.every_kimg) else None
+        fid = self._evaluate() if self._due(self.config.eval.every_kimg) else None
+        if self.journal:
+            self.journal.step(self.state.step, measured, seconds, fid, self.standing, signals)
+        if fid or self._due(self.config.checkpoint.every_kimg):
+            self._checkpoint(fid)
+
+    def _look(self) -> Reading:
+        """The guard's reading; raises `CollapsedError` if a signal fires."""
+        signal = self.guard.read(self.state, self.standing.guard)
+        if signal and self.config.guard != "off":
+            raise CollapsedError(f"{signal}, at {self.state.kimg:g} kimg")
+        return self.standing.guard.readings[-1]
+
+    def _roll_back(self, signal: str) -> bool:
+        """Go back to the last good checkpoint, if that is wanted and not done too often."""
+        config, rollbacks = self.config, self.standing.rollbacks
+        if config.guard != "rollback" or len(rollbacks) >= config.collapse.max_rollbacks:
+            return False
+        from_step = self.state.step
+        target = self.workers.agree(good_checkpoint(self.run_folder, from_step))
+        if self.journal:
+            self.journal.leave()
+        self._begin(self.run_folder / target if target else None)
+        back = Rollback(from_step=from_step, to_step=self.state.step, signal=signal)
+        self.standing.rollbacks = [*rollbacks, back]
+        for optimizer in (self.state.optim_G, self.state.optim_D):
+            for group in optimizer.param_groups:
+                group["lr"] *= config.collapse.lr_factor
+        if self.say and self.workers.is_main:
+            factor = config.collapse.lr_factor ** len(self.standing.rollbacks)
+            from_kimg = from_step * config.step_images / 1000
+            self.say(
+                f"{self.run_folder.name}: rolled back from {from_kimg:g} to {self.state.kimg:g}"
+                f" kimg, learning rates now x {factor:g}: {signal}"
+            )
+        self.journal = self._open_journal()
+        return True
+
+    def _accumulate_more(self, error: str) -> None:
+        """Find a micro-batch that fits, and go on with it or say so."""
+        smaller = smaller_accumulations(self.config, self.workers.size)
+        parts = self.config.optim.accumulation * self.workers.size
+        was = self.config.optim.batch_size // parts
+        if self.journal:
+            self.journal.leave()
+        for accumulation in smaller:
+            micro = self.config.optim.batch_size // (accumulation * self.workers.size)
+            # Workers that did not run out wait for this one: it can only leave, and all restart.
+            alone = self.workers.size == 1
+            if alone and not self._fits(accumulation):
+                continue
+            advice = (
+                f"micro-batches of {was} images do not fit in memory ({error}); {micro}"
+                f" {'would fit' if alone else 'come next'}: --optim.accumulation {accumulation}"
+                " keeps the optimizer's batch as it is, and --speed.auto_accumulate True does"
+                " that by itself"
+            )
+            if not self.config.speed.auto_accumulate:
+                raise DoesNotFitError(advice)
+            remember_accumulation(self.run_folder, accumulation)
+            if not alone:
+                raise DoesNotFitError(f"{advice}; restarting with it")
+            self.config = with_accumulation(self.config, accumulation)
+            self._begin(latest_checkpoint(self.run_folder))
+            self.journal = self._open_journal()
+            if self.say:
+                self.say(
+                    f"{self.run_folder.name}: micro-batches of {was} images do not fit in memory;"
+                    f" going on with {micro}, {accumulation} to a batch"
+                )
+            return
+        raise DoesNotFitError(
+            f"not even micro-batches of 2 images fit in memory ({error}): take smaller"
+            " networks (model.ch_g, model.ch_d), or speed.recompute"
+        )
+
+    def _fits(self, accumulation: int) -> bool:
+        """Whether a step from the start succeeds with that accumulation; its result is dropped."""
+        config, self.config = self.config, with_accumulation(self.config, accumulation)
+        fits = True
+        try:
+            self._begin(None)
+            self.train_step(self.batches.inputs(0))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        self.config = config
+        return fits
 
     def _reason_to_stop(self) -> str:
         return reason_to_stop(self.config, self.state.images_seen, self.standing)
@@ -155,6 +306,7 @@ class TrainingLoop:
         local = self.train_step(self.batches.inputs(self.state.step))
         means = self.workers.sum(torch.stack(list(local.values()))) / self.workers.size
         losses = dict(zip(local, means.tolist(), strict=True))
+        self.guard.count(self.standing.guard, losses)
         # The mean over workers is the same on all of them, so all of them stop together.
         for name, value in losses.items():
             if not math.isfinite(value):
@@ -213,6 +365,16 @@ class TrainingLoop:
             "seconds": standing.seconds,
             "stop_reason": stop_reason,
         }
+
+
+def good_checkpoint(run: Folder, before_step: int) -> str:
+    """Name of a run's newest checkpoint that was far from collapse and is undamaged; else empty."""
+    saved = checkpoints(run)
+    for name in reversed(saved):
+        calm = saved[name].standing.guard.calm and saved[name].step < before_step
+        if calm and is_undamaged(run / name):
+            return name
+    return ""
 
 
 def non_finite_weight(network: nn.Module) -> str | None:

@@ -1,6 +1,6 @@
 """Adversarial objectives, and orthogonal regularization of weights.
 
-Logits are float tensors `[N]`; every loss is a mean over them.
+Logits are float tensors `[N]`.
 """
 
 from __future__ import annotations
@@ -15,32 +15,54 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """One objective: what D minimizes over (real, fake) logits and what G minimizes over fake."""
+    """One objective: what D and G minimize the mean of, over real and fake logits."""
 
-    d: Callable[[Tensor, Tensor], Tensor]
-    g: Callable[[Tensor], Tensor]
+    d_real: Callable[[Tensor], Tensor]
+    d_fake: Callable[[Tensor], Tensor]
+    g_fake: Callable[[Tensor], Tensor]
+    boundary: float | None = 0.0
+    """The logit at which D is undecided; None if there is none, and only differences count."""
+
+    def d(self, real: Tensor, fake: Tensor) -> Tensor:
+        """D's loss, a scalar."""
+        return self.d_real(real).mean() + self.d_fake(fake).mean()
+
+    def g(self, fake: Tensor) -> Tensor:
+        """G's loss, a scalar."""
+        return self.g_fake(fake).mean()
+
+    def accuracies(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Which part of the real and of the fake images D takes for what they are: scalars."""
+        middle = (real.mean() + fake.mean()) / 2 if self.boundary is None else self.boundary
+        return (real > middle).float().mean(), (fake < middle).float().mean()
 
 
 LOSSES = {
     # Lim and Ye 2017; Tran et al. 2017. The paper's.
     "hinge": AdversarialLoss(
-        d=lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
-        g=lambda fake: -fake.mean(),
+        d_real=lambda real: F.relu(1 - real),
+        d_fake=lambda fake: F.relu(1 + fake),
+        g_fake=lambda fake: -fake,
     ),
     # Goodfellow et al. 2014, section 3, with the non-saturating G. softplus(-x) = -log sigmoid(x).
     "bce": AdversarialLoss(
-        d=lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
-        g=lambda fake: F.softplus(-fake).mean(),
+        d_real=lambda real: F.softplus(-real),
+        d_fake=F.softplus,
+        g_fake=lambda fake: F.softplus(-fake),
     ),
     # Mao et al. 2017 (arXiv 1611.04076), eq. 9: targets 1 for real, 0 for fake, 1 for G.
     "least_squares": AdversarialLoss(
-        d=lambda real, fake: 0.5 * ((real - 1).square().mean() + fake.square().mean()),
-        g=lambda fake: 0.5 * (fake - 1).square().mean(),
+        d_real=lambda real: 0.5 * (real - 1).square(),
+        d_fake=lambda fake: 0.5 * fake.square(),
+        g_fake=lambda fake: 0.5 * (fake - 1).square(),
+        boundary=0.5,
     ),
     # Arjovsky et al. 2017 (arXiv 1701.07875), eq. 2. Spectral norm bounds D's slope, no clipping.
     "wasserstein": AdversarialLoss(
-        d=lambda real, fake: fake.mean() - real.mean(),
-        g=lambda fake: -fake.mean(),
+        d_real=lambda real: -real,
+        d_fake=lambda fake: fake,
+        g_fake=lambda fake: -fake,
+        boundary=None,
     ),
 }
 

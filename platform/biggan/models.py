@@ -1,7 +1,8 @@
 """The model store: generators exported from runs, versioned, and named by aliases.
 
 `models/NAME/VERSION/` holds `config.json` and `model.safetensors` (the Hugging Face convention),
-`card.json` (a `ModelCard`) and `samples.png`; there is no pickle on this path.
+`card.json` (a `ModelCard`) and `samples.png`; there is no pickle on this path. A discriminator that
+was imported too is kept in `discriminator.json` and `discriminator.safetensors`.
 `models/NAME/aliases.json` maps `best`, and others, to a version. `NAME@ALIAS` and `NAME@VERSION`
 name a model everywhere; `NAME` alone is `NAME@best`.
 """
@@ -10,21 +11,24 @@ from __future__ import annotations
 
 import io
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load, save
+from torch import nn
 
 from biggan.config import ModelConfig, RunConfig
-from biggan.networks import Generator
+from biggan.networks import Discriminator, Generator
 from biggan.pixels import sheet
 from biggan.storage import Folder, StorageError, locate
 from biggan.truncation import TruncationTables
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+D_CONFIG = "discriminator.json"
+D_WEIGHTS = "discriminator.safetensors"
 CARD = "card.json"
 SAMPLES = "samples.png"
 ALIASES = "aliases.json"
@@ -44,6 +48,17 @@ class GeneratorConfig(BaseModel):
     """Truncations that there are batch-norm moments for, beside the untruncated ones."""
     folded: bool = False
     """Whether the weights are normalized already, and no spectral norm is left to estimate."""
+
+
+class DiscriminatorConfig(BaseModel):
+    """What a model's `discriminator.json` holds: all that is needed to build its discriminator."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelConfig
+    resolution: int
+    channels: int
+    n_classes: int
 
 
 class ModelCard(BaseModel):
@@ -113,7 +128,14 @@ class ModelStore:
             )
         return found
 
-    def add(self, G: Generator, card: ModelCard, samples: np.ndarray, columns: int) -> Folder:
+    def add(
+        self,
+        G: Generator,
+        card: ModelCard,
+        samples: np.ndarray,
+        columns: int,
+        D: Discriminator | None = None,
+    ) -> Folder:
         """Write a version, `card.version`, which comes into being whole or not at all.
 
         Raises `StorageError` if it is there, which another promotion at the same time can bring
@@ -123,6 +145,9 @@ class ModelStore:
         with folder.created_whole(marker=CARD, replace=False) as draft:
             draft.write_json(CONFIG, describe(G).model_dump(mode="json"))
             draft.write_bytes(WEIGHTS, weights_of(G))
+            if D is not None:
+                draft.write_json(D_CONFIG, describe_discriminator(D).model_dump(mode="json"))
+                draft.write_bytes(D_WEIGHTS, weights_of(D))
             picture = io.BytesIO()
             sheet(samples, columns).save(picture, "PNG")
             draft.write_bytes(SAMPLES, picture.getvalue())
@@ -161,10 +186,48 @@ def describe(G: Generator) -> GeneratorConfig:
     )
 
 
-def weights_of(G: Generator) -> bytes:
-    """G's state as the content of a safetensors file."""
-    state = {key: value.detach().cpu().contiguous() for key, value in G.state_dict().items()}
+def describe_discriminator(D: Discriminator) -> DiscriminatorConfig:
+    """What is needed to build a discriminator like `D`."""
+    return DiscriminatorConfig(
+        model=D.config, resolution=D.resolution, channels=D.channels, n_classes=D.n_classes
+    )
+
+
+def weights_of(network: nn.Module) -> bytes:
+    """A network's state as the content of a safetensors file."""
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     return save(state)
+
+
+def blank_generator(config: GeneratorConfig) -> Generator:
+    """A generator as described, on the CPU, whose weights are all still to be filled in."""
+    with torch.device("meta"):  # Drawing initial weights would take longer than loading them.
+        G = Generator(
+            config.model,
+            resolution=config.resolution,
+            channels=config.channels,
+            n_classes=len(config.class_names),
+        )
+    G.to_empty(device="cpu")
+    if config.tables:
+        G.add_tables(config.tables)
+    if config.folded:
+        G.fold_spectral_norms()
+    G.class_names = list(config.class_names)
+    return G
+
+
+def blank_discriminator(config: DiscriminatorConfig) -> Discriminator:
+    """A discriminator as described, on the CPU, whose weights are all still to be filled in."""
+    with torch.device("meta"):
+        D = Discriminator(
+            config.model,
+            resolution=config.resolution,
+            channels=config.channels,
+            n_classes=config.n_classes,
+        )
+    D.to_empty(device="cpu")
+    return D
 
 
 def split_reference(reference: str) -> tuple[str, str]:
@@ -196,23 +259,42 @@ def load_generator(
     ``G.class_names``. Raises `StorageError` if there is no such model or its files are damaged.
     """
     folder = find_model(reference, root)
-    try:
-        config = GeneratorConfig.model_validate(folder.read_json(CONFIG))
-    except ValueError as error:
-        raise StorageError(f"{folder}/{CONFIG} is damaged: {error}") from None
-    G = Generator(
-        config.model,
-        resolution=config.resolution,
-        channels=config.channels,
-        n_classes=len(config.class_names),
-    )
-    if config.tables:
-        G.add_tables(config.tables)
-    if config.folded:
-        G.fold_spectral_norms()
-    try:
-        G.load_state_dict(load(folder.read_bytes(WEIGHTS)))
-    except Exception as error:  # safetensors raises its own kind, torch RuntimeError.
-        raise StorageError(f"{folder}/{WEIGHTS} does not fit its {CONFIG}: {error}") from None
-    G.class_names = list(config.class_names)
+    G = blank_generator(_read_config(folder, CONFIG, GeneratorConfig))
+    _fill(G, folder, WEIGHTS, CONFIG)
     return G.to(device).eval().requires_grad_(False)
+
+
+def load_discriminator(
+    reference: str, *, root: str | None = None, device: torch.device | str = "cpu"
+) -> Discriminator:
+    """The discriminator that was imported with a model, in evaluation mode.
+
+    ``D(images, class_ids)`` gives logits. Raises `StorageError` if there is no such model, or none
+    came with it.
+    """
+    folder = find_model(reference, root)
+    if not folder.exists(D_CONFIG):
+        raise StorageError(
+            f"model {reference} has no discriminator: only jobs/import_weights.py --discriminator"
+            " puts one into the store"
+        )
+    D = blank_discriminator(_read_config(folder, D_CONFIG, DiscriminatorConfig))
+    _fill(D, folder, D_WEIGHTS, D_CONFIG)
+    return D.to(device).eval().requires_grad_(False)
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def _read_config(folder: Folder, file: str, kind: type[C]) -> C:
+    try:
+        return kind.model_validate(folder.read_json(file))
+    except ValueError as error:
+        raise StorageError(f"{folder}/{file} is damaged: {error}") from None
+
+
+def _fill(network: nn.Module, folder: Folder, file: str, config: str) -> None:
+    try:
+        network.load_state_dict(load(folder.read_bytes(file)))
+    except Exception as error:  # safetensors raises its own kind, torch RuntimeError.
+        raise StorageError(f"{folder}/{file} does not fit its {config}: {error}") from None

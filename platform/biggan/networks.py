@@ -334,11 +334,15 @@ class Generator(nn.Module):
         seeds = range(seed, seed + len(ids)) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(ids):
             raise UserError(f"{len(seeds)} seeds for {len(ids)} images: give one seed an image")
+        self.check_classes(ids)
+        z = self.latents(seeds, truncation)
+        return self.render(z, torch.tensor(ids), [truncation] * len(ids))
+
+    def check_classes(self, ids: Sequence[int]) -> None:
+        """Raise `UserError` unless all are classes of this generator."""
         for class_id in ids:
             if not 0 <= class_id < self.n_classes:
                 raise UserError(f"class {class_id} is not in 0..{self.n_classes - 1}")
-        z = self.latents(seeds, truncation)
-        return self.render(z, torch.tensor(ids), [truncation] * len(ids))
 
     @torch.inference_mode()
     def render(self, z: Tensor, classes: Tensor, truncations: Sequence[float | None]) -> np.ndarray:
@@ -367,6 +371,8 @@ class Discriminator(nn.Module):
         """Raises `ConfigError` if `config` does not fit the resolution."""
         super().__init__()
         check_model(config, resolution)
+        self.config = config
+        self.resolution, self.channels, self.n_classes = resolution, channels, n_classes
         widths = [config.ch_d * width for width in D_WIDTHS[resolution]]
         sides = d_sides(resolution, config.deep)
         self.stem = SNConv2d(channels, widths[0], 3, config.sn_eps) if config.deep else None

@@ -58,6 +58,26 @@ class Workers:
             dist.all_reduce(tensor)
         return tensor
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of `tensor` over workers, in place."""
+        return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all workers, equally long, one after the other."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def agree(self, text: str) -> str:
+        """The main worker's `text`, on all workers."""
+        if self.size == 1:
+            return text
+        agreed = [text]
+        dist.broadcast_object_list(agreed, src=0, device=self.device)
+        return agreed[0]
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """`network` such that its backward averages gradients over workers, overlapped with it.
 
@@ -68,3 +88,7 @@ class Workers:
         # Torch minds the strides of 1x1 kernels, which mean nothing.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
         return DistributedDataParallel(network, **_LEAVE_BUFFERS, gradient_as_bucket_view=True)
+
+
+ALONE = Workers(0, 1, CPU)
+"""A single process that computes on the CPU."""

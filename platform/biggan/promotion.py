@@ -52,12 +52,12 @@ def promote(
 ) -> Promotion:
     """Export the generator with the lowest FID of a run or a sweep as a version of model `name`.
 
-    Its batch-norm moments are recomputed as standing statistics (appendix D of arXiv 1809.11096)
-    and its FID is measured again with them. `name` is by default that of the dataset. With `force`,
-    `best` points to the version whatever its FID. A checkpoint that is in the store already is not
-    exported twice; a `licence` is then written onto its card. Raises `UserError` unless one of run
-    and sweep is given, `StorageError` if there is no such run or sweep, if nothing in it was
-    evaluated, or if its dataset has changed.
+    Its batch-norm moments are recomputed as standing statistics (appendix D of arXiv 1809.11096),
+    at several truncations, and its FID is measured again with them. `name` is by default that of
+    the dataset. With `force`, `best` points to the version whatever its FID. A checkpoint that is
+    in the store already is not exported twice; a `licence` is then written onto its card. Raises
+    `UserError` unless one of run and sweep is given, `StorageError` if there is no such run or
+    sweep, if nothing in it was evaluated, or if its dataset has changed.
     """
     if (run is None) == (sweep is None):
         raise UserError("give either run or sweep")
@@ -167,28 +167,28 @@ def _move_best(store: ModelStore, card: ModelCard, force: bool) -> tuple[bool, s
     if current == card.version:
         return True, f"it is {store.name}@{BEST} already"
     if current is None:
-        reason = "the first version"
+        better, reason = True, "the first version"
     else:
-        best = load_card(store.folder / current)
-        comparable = best.fid_protocol == card.fid_protocol
-        if comparable and card.fid < best.fid:
-            reason = f"FID {card.fid:.3f} is lower than the {best.fid:.3f} of {current}"
-        elif force:
-            reason = "forced"
-        elif comparable:
-            return False, (
-                f"FID {card.fid:.3f} is not lower than the {best.fid:.3f} of {current};"
-                " --force moves it all the same"
-            )
-        else:
-            return False, (
-                f"its FID is not comparable with that of {current}"
-                f" ({_differences(best.fid_protocol, card.fid_protocol)}); --force moves it all"
-                " the same"
-            )
+        better, reason = _is_better(card, load_card(store.folder / current))
+    if not (better or force):
+        return False, f"{reason}; --force moves it all the same"
     store.set_alias(BEST, card.version)
-    return True, reason
+    return True, reason if better else "forced"
+
+
+def _is_better(card: ModelCard, best: ModelCard) -> tuple[bool, str]:
+    """Whether a version has a lower FID than another, of the same protocol; and what was found."""
+    if card.fid is None or best.fid is None:
+        return False, f"{(card if card.fid is None else best).version} has no FID"
+    differences = _differences(best.fid_protocol, card.fid_protocol)
+    if differences:
+        return False, f"its FID is not comparable with that of {best.version} ({differences})"
+    if card.fid < best.fid:
+        return True, f"FID {card.fid:.3f} is lower than the {best.fid:.3f} of {best.version}"
+    return False, f"FID {card.fid:.3f} is not lower than the {best.fid:.3f} of {best.version}"
 
 
 def _differences(a: dict[str, object], b: dict[str, object]) -> str:
-    return ", ".join(f"{key}: {a.get(key)} and {b.get(key)}" for key in b if a.get(key) != b[key])
+    """Where two protocols differ; a key that one lacks is None in it."""
+    keys = sorted(a.keys() | b.keys())
+    return ", ".join(f"{k}: {a.get(k)} and {b.get(k)}" for k in keys if a.get(k) != b.get(k))

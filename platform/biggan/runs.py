@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, is_undamaged
-from biggan.config import ConfigError, RunConfig
+from biggan.config import CollapseConfig, ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.storage import Folder, StorageError
 
@@ -28,8 +28,19 @@ logger = logging.getLogger(__name__)
 
 RECORD = "config.json"
 METRICS = "metrics.jsonl"
+SIGNALS = "signals.jsonl"
+"""The guard's readings: singular values of every layer, D's accuracies, variance within classes."""
 
-ADJUSTABLE = {"total_kimg", "eval.patience", "checkpoint.every_kimg", "checkpoint.keep"}
+ADJUSTABLE = {
+    "total_kimg",
+    "eval.patience",
+    "checkpoint.every_kimg",
+    "checkpoint.keep",
+    "guard",
+    *(f"collapse.{field}" for field in CollapseConfig.model_fields if field != "lr_factor"),
+    "speed.auto_accumulate",
+    "speed.keep_memory",
+}
 """Fields that may differ when a run is resumed, since they leave the steps taken as they were."""
 
 
@@ -144,9 +155,14 @@ def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
 
 def read_metrics(folder: Folder) -> list[dict[str, Any]]:
     """A run's rows of metrics, oldest first; none if nothing was written yet."""
-    if not folder.exists(METRICS):
+    return read_rows(folder, METRICS)
+
+
+def read_rows(folder: Folder, name: str) -> list[dict[str, Any]]:
+    """A file of one JSON object a line; none if nothing was written yet."""
+    if not folder.exists(name):
         return []
-    return [json.loads(line) for line in folder.read_bytes(METRICS).splitlines()]
+    return [json.loads(line) for line in folder.read_bytes(name).splitlines()]
 
 
 def code_version() -> dict[str, str]:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, free_port, tiny, train_here
+from conftest import ROOT, add_imported, free_port, tiny, train_here
 from PIL import Image
 
 import biggan
@@ -20,6 +20,7 @@ from biggan.client import EndpointError
 from biggan.models import ModelStore
 from biggan.pixels import sheet
 from biggan.storage import locate
+from biggan.truncation import TruncationTables
 
 PROBLEM = "application/problem+json"
 
@@ -242,6 +243,49 @@ def test_promotion_changes_what_is_served_without_a_dropped_request(endpoint, di
     assert set(models) == {"tiny@v1", "tiny@v2"}
     assert set(statuses) == {200}
     assert len(statuses) > 50
+
+
+def follow(endpoint, version):
+    """Point `best` at a version, and wait until it is what is served."""
+    ModelStore("tiny").set_alias("best", version)
+    deadline = time.monotonic() + 30
+    while requests.get(f"{endpoint}/healthz", timeout=60).json()["model"] != f"tiny@{version}":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_an_imported_model_that_scales_its_latents(endpoint):
+    G = biggan.load_generator("tiny@v1")
+    G.add_tables(TruncationTables(truncations=(0.0, 0.5, 1.0), convention="scale"))
+    version = add_imported("tiny", G).name
+    try:
+        follow(endpoint, version)
+        served = biggan.Client(endpoint).model()
+        assert [served[field] for field in ("fid", "run", "dataset", "kimg")] == [None] * 4
+        truncations = [0.5, 1.5, None, 0.7, 1.2, 1.0] * 4
+        answers = {}
+
+        def ask(i):
+            body = {"class": 3, "seed": i, "truncation": truncations[i], "format": "numpy"}
+            answers[i] = post(endpoint, body)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(truncations))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        follow(endpoint, "v1")
+    for i, truncation in enumerate(truncations):
+        if truncation is None or truncation <= 1:
+            expected = G.sample(3, seed=i, truncation=truncation)
+            assert grey_levels(decode(answers[i]), expected) <= 1
+            continue
+        assert answers[i].status_code == 422
+        assert answers[i].headers["Content-Type"] == PROBLEM
+        [error] = answers[i].json()["errors"]
+        assert (error["field"], error["value"]) == ("truncation", truncation)
+        assert "at most by 1" in error["limit"]
 
 
 def test_a_model_that_is_not_there_is_said_at_once(digits):

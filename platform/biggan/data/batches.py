@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from biggan.augmentation import NOISE
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import Dataset, ShuffledOrder
 from biggan.latents import Stream, rng
@@ -50,35 +51,58 @@ class Batches:
     def inputs(self, step: int) -> StepInputs:
         """This worker's share of what step number `step` (from 0) consumes."""
         config, optim = self.config, self.config.optim
-        flips = rng(config.seed, Stream.FLIPS, step)
-        latents = rng(config.seed, Stream.D_LATENTS, step)
+        flips, latents, noise, g_latents, g_noise = (
+            rng(config.seed, stream, step)
+            for stream in (
+                Stream.FLIPS,
+                Stream.D_LATENTS,
+                Stream.D_NOISE,
+                Stream.G_LATENTS,
+                Stream.G_NOISE,
+            )
+        )
         d = []
         for k in range(optim.num_D_steps):
             position = step * config.step_images + k * optim.batch_size
-            reals = self._reals(position, flips)
-            d.append(list(zip(reals, self._fakes(latents), strict=True)))
-        return StepInputs(d=d, g=self._fakes(rng(config.seed, Stream.G_LATENTS, step)))
+            reals = self._reals(position, flips, noise)
+            d.append(list(zip(reals, self._fakes(latents, noise), strict=True)))
+        return StepInputs(d=d, g=self._fakes(g_latents, g_noise))
 
-    def _reals(self, position: int, flips: np.random.Generator) -> list[Reals]:
+    def _reals(
+        self, position: int, flips: np.random.Generator, noise: np.random.Generator
+    ) -> list[Reals]:
         indices = self.order.indices(position, self.config.optim.batch_size)
         flipped = flips.random(len(indices)) < 0.5
-        return [self._load(indices[part], flipped[part]) for part in self.slices]
+        drawn = self._noise(noise)
+        return [
+            self._load(indices[part], flipped[part], some)
+            for part, some in zip(self.slices, drawn, strict=True)
+        ]
 
-    def _load(self, indices: np.ndarray, flipped: np.ndarray) -> Reals:
+    def _load(self, indices: np.ndarray, flipped: np.ndarray, noise: Tensor | None) -> Reals:
         device = self.workers.device
         index = torch.from_numpy(indices)
         images = from_uint8(self.dataset.images[index].to(device, non_blocking=True))
         if self.config.data.flip:
             mirror = torch.from_numpy(flipped).to(device)[:, None, None, None]
             images = torch.where(mirror, images.flip(3), images)
-        return Reals(images, self.dataset.labels[index].to(device))
+        return Reals(images, self.dataset.labels[index].to(device), noise)
 
-    def _fakes(self, latents: np.random.Generator) -> list[Fakes]:
+    def _fakes(self, latents: np.random.Generator, noise: np.random.Generator) -> list[Fakes]:
         n, z_dim = self.config.optim.batch_size, self.config.model.z_dim
         z = torch.from_numpy(latents.standard_normal((n, z_dim), dtype=np.float32))
         labels = self.dataset.class_sampler.draw(latents, n)
-        return [self._to_device(z[part], labels[part]) for part in self.slices]
+        return [
+            Fakes(self._here(z[part]), self._here(labels[part]), some)
+            for part, some in zip(self.slices, self._noise(noise), strict=True)
+        ]
 
-    def _to_device(self, z: Tensor, labels: Tensor) -> Fakes:
-        device = self.workers.device
-        return Fakes(z.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+    def _noise(self, generator: np.random.Generator) -> list[Tensor | None]:
+        """What augmentation draws for a batch, in this worker's micro-batches."""
+        if not self.config.needs_noise:
+            return [None] * len(self.slices)
+        drawn = generator.random((self.config.optim.batch_size, NOISE), dtype=np.float32)
+        return [self._here(torch.from_numpy(drawn[part])) for part in self.slices]
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.workers.device, non_blocking=True)

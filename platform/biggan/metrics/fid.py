@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from biggan.data.dataset import Dataset
-from biggan.latents import ClassSampler, sample_z
+from biggan.latents import ClassSampler
 from biggan.metrics.extractors import Extractor
 from biggan.metrics.frechet import Moments, frechet_distance
 from biggan.networks import Generator
@@ -83,6 +83,8 @@ class FID:
     """None: latents were not truncated."""
     standing_statistics: int
     """Images the batch-norm moments were recomputed over; 0: the average kept in training."""
+    tables: dict[str, Any] | None
+    """The `TruncationTables` whose moments served; None: those of the untruncated latent did."""
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -126,11 +128,12 @@ class Evaluator:
         seeds = range(EVALUATION_SEED + share.start, EVALUATION_SEED + share.stop)
         labels = self.class_sampler.spread(num_samples)[share]
         for i in range(0, len(seeds), batch_size):
-            z = sample_z(seeds[i : i + batch_size], G.z_dim, truncation).to(workers.device)
-            images = _generate(G, z, labels[i : i + batch_size].to(workers.device))
+            z = G.latents(seeds[i : i + batch_size], truncation).to(workers.device)
+            images = _generate(G, z, labels[i : i + batch_size].to(workers.device), truncation)
             moments.update(self.extractor(images))
         workers.sum(moments.sums)
         reference = self.reference
+        tables = G.tables if G.tables and G.tables.used(truncation) else None
         value = frechet_distance(
             moments.mean.cpu(), moments.covariance.cpu(), reference.mean, reference.covariance
         )
@@ -143,9 +146,10 @@ class Evaluator:
             num_samples=num_samples,
             truncation=truncation,
             standing_statistics=standing_statistics,
+            tables=tables.model_dump(mode="json") if tables else None,
         )
 
 
 @torch.inference_mode()
-def _generate(G: Generator, z: Tensor, labels: Tensor) -> Tensor:
-    return to_uint8(G(z, labels))
+def _generate(G: Generator, z: Tensor, labels: Tensor, truncation: float | None) -> Tensor:
+    return to_uint8(G(z, labels, truncation))

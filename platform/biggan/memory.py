@@ -1,0 +1,74 @@
+"""Memory: what to do when a batch does not fit, and how to keep the system from taking it back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+
+import torch
+
+from biggan.config import RunConfig
+from biggan.errors import UserError
+from biggan.storage import Folder
+
+ACCUMULATION = "accumulation.json"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # Of glibc's malloc.h.
+
+
+class DoesNotFitError(UserError):
+    """A micro-batch does not fit in memory; says which one would."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or off it."""
+    said = ("can't allocate memory", "could not create a memory", "out of memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )
+
+
+def with_fitting_accumulation(config: RunConfig, run: Folder) -> RunConfig:
+    """The configuration with the accumulation that an attempt before found necessary."""
+    if not run.exists(ACCUMULATION):
+        return config
+    accumulation = run.read_json(ACCUMULATION)["accumulation"]
+    return with_accumulation(config, max(config.optim.accumulation, accumulation))
+
+
+def with_accumulation(config: RunConfig, accumulation: int) -> RunConfig:
+    """The same optimizer's batch in more and smaller micro-batches."""
+    return config.override({"optim.accumulation": accumulation})
+
+
+def remember_accumulation(run: Folder, accumulation: int) -> None:
+    """Let this attempt and those after it accumulate so often."""
+    run.write_json(ACCUMULATION, {"accumulation": accumulation})
+
+
+def smaller_accumulations(config: RunConfig, workers: int) -> list[int]:
+    """Accumulations with smaller micro-batches than the configured, the least first.
+
+    Batch norm needs two images in each micro-batch.
+    """
+    share = config.optim.batch_size // workers
+    return [a for a in range(config.optim.accumulation + 1, share // 2 + 1) if share % a == 0]
+
+
+def free_unused_memory() -> None:
+    """Give back what nothing refers to any more, on a GPU also what torch keeps in reserve."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory: a step needs the same again, and page faults are dear.
+
+    For glibc; elsewhere nothing happens. The gain is in `benchmarks/README.md`.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 2**30)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
