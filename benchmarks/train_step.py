@@ -13,9 +13,9 @@ folds resampling into convolutions, so it does less arithmetic than the textbook
 count is smaller is meant.
 
 Equal work: the same widths, batches, optimizers and averaging; orthogonal regularization is off
-unless `--set loss.ortho_g=...` turns it on, since the peers' recipes do without. On a GPU the peers'
-convolutions are TF32, as torch has it by default; ours are if `--set speed.precision_g=tf32
---set speed.precision_d=tf32`.
+unless `--set loss.ortho_g=...` turns it on, since the peers' recipes do without. On a GPU the
+peers' convolutions are TF32, as torch has it by default; ours are with `--set
+speed.precision_g=tf32 --set speed.precision_d=tf32`.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ class ImportWeights:
 
     python jobs/import_weights.py --format biggan-pytorch --weights G_ema.pth --name imagenet128
 
-    python jobs/import_weights.py --format biggan-deep-hf --weights deep-256/pytorch_model.bin
-    --name imagenet256
+    python jobs/import_weights.py --format biggan-deep-hf --weights pytorch_model.bin --name deep256
     """
 
     format: Format
@@ -35,8 +34,7 @@ class ImportWeights:
     classes: str | None = None
     """Text file with a class name a line; by default classes are named by their numbers."""
     bn_eps: float | None = None
-    """Of biggan-pytorch: its --BN_eps, by default 1e-5; 1e-4 for what its TFHub/converter.py
-    wrote."""
+    """Of biggan-pytorch: its --BN_eps, by default 1e-5; 1e-4 for what TFHub/converter.py wrote."""
     force: bool = False
     """Point `best` to this version even if there are others."""
     licence: str = ""

@@ -113,8 +113,9 @@ class Gateway:
         )
         samples = await self._ask("sample", wanted)
         if isinstance(samples, Refusal):
-            wrong = FieldProblem(field="class", value=request.class_, limit=samples.reason)
-            raise ProblemError(422, f"class = {request.class_!r}: {samples.reason}", [wrong])
+            wrong = FieldProblem(field=samples.field, value=samples.value, limit=samples.reason)
+            detail = f"{samples.field} = {samples.value!r}: {samples.reason}"
+            raise ProblemError(422, detail, [wrong])
         return await asyncio.to_thread(encode, samples, wanted, request.format)
 
     @api.get("/v1/classes", responses={503: PROBLEMS[503]})

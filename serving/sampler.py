@@ -13,7 +13,7 @@ from ray import serve
 
 from biggan.classes import UnknownClassError, class_id
 from biggan.cluster import own_device
-from biggan.latents import sample_z
+from biggan.errors import UserError
 from biggan.models import ModelCard, find_model, load_card, load_generator
 from biggan.networks import Generator
 from biggan.storage import Folder
@@ -49,8 +49,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request cannot be served."""
+    """Why the model that is served cannot do a request."""
 
+    field: str
+    value: str | int | float | None
     reason: str
 
 
@@ -76,6 +78,16 @@ class Served:
     folder: Folder
     G: Generator
     description: Description
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the images of a request are made from."""
+
+    z: torch.Tensor
+    """`[n, z_dim]`."""
+    class_id: int
+    truncation: float | None
 
 
 def _total(requests: list[SampleRequest]) -> int:
@@ -131,14 +143,18 @@ class Sampler:
 
     def _generate(self, requests: list[SampleRequest]) -> list[Samples | Refusal]:
         served = self.served
-        resolved = [_resolve(request.class_, served.G.class_names) for request in requests]
-        fit = [(r, c) for r, c in zip(requests, resolved, strict=True) if isinstance(c, int)]
-        groups = iter(_images(served.G, fit))
+        drawn = [_draw(served.G, request) for request in requests]
+        groups = iter(_images(served.G, [draw for draw in drawn if isinstance(draw, Draw)]))
         return [
-            found
-            if isinstance(found, Refusal)
-            else Samples(next(groups), served.description.name, found, served.G.class_names[found])
-            for found in resolved
+            draw
+            if isinstance(draw, Refusal)
+            else Samples(
+                next(groups),
+                served.description.name,
+                draw.class_id,
+                served.G.class_names[draw.class_id],
+            )
+            for draw in drawn
         ]
 
     def describe(self) -> Description:
@@ -146,18 +162,25 @@ class Sampler:
         return self.served.description
 
 
-def _resolve(wanted: str | int, class_names: list[str]) -> int | Refusal:
+def _draw(G: Generator, request: SampleRequest) -> Draw | Refusal:
+    """What a request comes down to with this model."""
     try:
-        return class_id(wanted, class_names)
+        found = class_id(request.class_, G.class_names)
     except UnknownClassError as error:
-        return Refusal(str(error))
+        return Refusal("class", request.class_, str(error))
+    try:
+        z = G.latents(range(request.seed, request.seed + request.n), request.truncation)
+    except UserError as error:  # Seeds in the schema's bounds fit every model.
+        return Refusal("truncation", request.truncation, str(error))
+    return Draw(z, found, request.truncation)
 
 
-def _images(G: Generator, requests: list[tuple[SampleRequest, int]]) -> list[np.ndarray]:
+def _images(G: Generator, draws: list[Draw]) -> list[np.ndarray]:
     """The images of several requests, made together."""
-    if not requests:
+    if not draws:
         return []
-    latents = [sample_z(range(r.seed, r.seed + r.n), G.z_dim, r.truncation) for r, _ in requests]
-    ids = [torch.full((r.n,), found) for r, found in requests]
-    ends = np.cumsum([r.n for r, _ in requests])[:-1]
-    return np.split(G.render(torch.cat(latents), torch.cat(ids)), ends)
+    z = torch.cat([draw.z for draw in draws])
+    ids = torch.cat([torch.full((len(draw.z),), draw.class_id) for draw in draws])
+    truncations = [draw.truncation for draw in draws for _ in draw.z]
+    ends = np.cumsum([len(draw.z) for draw in draws])[:-1]
+    return np.split(G.render(z, ids, truncations), ends)

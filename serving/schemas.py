@@ -88,11 +88,11 @@ class ModelResponse(BaseModel):
     resolution: int
     channels: int
     n_classes: int
-    fid: float
+    fid: float | None = Field(description="None until it is measured, as of imported weights.")
     fid_protocol: dict[str, Any] = Field(description="What the FID was measured with.")
-    dataset: str
-    run: str
-    kimg: float
+    dataset: str | None
+    run: str | None = Field(description="None of imported weights.")
+    kimg: float | None
     created: str
     licence: str
 

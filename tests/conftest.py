@@ -141,7 +141,9 @@ def digits(cluster, storage):
     return Dataset.open("digits")
 
 
-def train_here(config: RunConfig, run: Folder, dataset: Dataset, stop_after: int = 0) -> str:
+def train_here(
+    config: RunConfig, run: Folder, dataset: Dataset, stop_after: int = 0, say=None
+) -> str:
     """Train in this process, resuming from the run's latest checkpoint; no Ray.
 
     `stop_after` reports, the run breaks off as if it had been killed.
@@ -158,7 +160,7 @@ def train_here(config: RunConfig, run: Folder, dataset: Dataset, stop_after: int
 
     alone = Workers(0, 1, CPU)
     latest = latest_checkpoint(run)
-    return TrainingLoop(config, dataset, run, alone, report, resume_from=latest, say=None).run()
+    return TrainingLoop(config, dataset, run, alone, report, resume_from=latest, say=say).run()
 
 
 @pytest.fixture(scope="session")

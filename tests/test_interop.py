@@ -23,7 +23,7 @@ from conftest import job
 import biggan
 from biggan.config import ModelConfig
 from biggan.errors import UserError
-from biggan.exchange import WeightFiles, import_weights, read_state
+from biggan.exchange import WeightFiles, export_weights, import_weights, read_state
 from biggan.interop import (
     original_flags,
     read_discriminator,
@@ -34,6 +34,7 @@ from biggan.interop import (
 from biggan.interop_hf import read_deep_hf
 from biggan.models import ModelStore, load_card, load_discriminator
 from biggan.networks import Discriminator, Generator
+from biggan.truncation import TruncationTables
 
 G_IN = {32: (4, 4, 4), 64: (16, 16, 8, 4), 128: (16, 16, 8, 4, 2)}
 G_OUT = {32: (4, 4, 4), 64: (16, 8, 4, 2), 128: (16, 8, 4, 2, 1)}
@@ -47,6 +48,11 @@ DEEP_OUT = {
 DEEP_LAYERS = [
     layer for i, o in pairwise((16, *DEEP_OUT[128])) for layer in ((False, i, i), (True, i, o))
 ]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 # State dicts as the originals have them, with random content.
@@ -297,28 +303,24 @@ def fixed_weight(state, name):
     return W / (u @ W.flatten(1) @ v)
 
 
+def deep_moments(state, name, truncations):
+    """Means and variances of a batch norm, `[N, C]`."""
+    for kind in ("means", "vars"):
+        table, rows = state[f"{name}.running_{kind}"], []
+        for truncation in truncations:
+            share, k = math.modf(truncation / (1.0 / (len(table) - 1)))
+            k = int(k)  # The two weights are swapped, as the original has it.
+            rows.append(table[k] * share + table[k + 1] * (1 - share) if share else table[k])
+        yield torch.stack(rows)
+
+
 def generate_deep(state, z, ids, truncations):
     """Images of pytorch-pretrained-BigGAN, before tanh, each at a truncation."""
     condition = torch.cat([z, state["embeddings.weight"][:, ids].T], 1)
-    step = 1.0 / (len(state["generator.bn.running_means"]) - 1)
-    splits = [math.modf(truncation / step) for truncation in truncations]
-
-    def moments(name):
-        for kind in ("means", "vars"):
-            table = state[f"{name}.running_{kind}"]
-            yield torch.stack(
-                [
-                    # The weights are swapped, as the original has it.
-                    table[int(k)] * share + table[int(k) + 1] * (1 - share)
-                    if share
-                    else table[int(k)]
-                    for share, k in splits
-                ]
-            )
 
     def norm(name, x):
         gain, bias = (condition @ fixed_weight(state, f"{name}.{p}").T for p in ("scale", "offset"))
-        return F.relu(normalized(x, *moments(name), 1e-4, 1 + gain, bias))
+        return F.relu(normalized(x, *deep_moments(state, name, truncations), 1e-4, 1 + gain, bias))
 
     h = F.linear(condition, fixed_weight(state, "generator.gen_z"), state["generator.gen_z.bias"])
     h = h.reshape(len(z), 4, 4, -1).permute(0, 3, 1, 2)
@@ -335,12 +337,12 @@ def generate_deep(state, z, ids, truncations):
         x = x[:, : h.shape[1]]
         h = h + (double(x) if up else x)
     affine = state["generator.bn.weight"], state["generator.bn.bias"]
-    h = F.relu(normalized(h, *moments("generator.bn"), 1e-4, *affine))
+    h = F.relu(normalized(h, *deep_moments(state, "generator.bn", truncations), 1e-4, *affine))
     return conv(state, "generator.conv_to_rgb", h, fixed_weight)[:, :3]
 
 
 def assert_same(ours, before_tanh, atol):
-    assert 0.05 < before_tanh.std() < 3  # Neither blank nor saturated.
+    assert 0.01 < before_tanh.std() < 3  # Neither blank nor saturated.
     assert (ours - before_tanh.tanh()).abs().max() <= atol
 
 
@@ -449,16 +451,26 @@ def test_the_discriminators_logits_are_the_originals(shape):
 
 
 @torch.no_grad()
-def test_deep_images_are_the_originals_at_every_truncation():
+def test_deep_images_are_the_originals():
     state, config = deep_hf()
     before = {key: value.clone() for key, value in state.items()}
     G = read_deep_hf(state, config)
-    truncations = [i * 0.02 for i in range(1, 51)] + [0.01, 0.37, 0.513, 0.999]
-    z, ids = torch.randn(len(truncations), 6), torch.arange(len(truncations)) % 5
+    truncations = [0.02, 0.37, 0.38, 0.513, 0.999, 1.0]
+    z, ids = torch.randn(6, 6), torch.arange(6) % 5
     assert_same(G(z, ids, truncations), generate_deep(state, z, ids, truncations), 1e-4)
     assert torch.equal(G(z[:2], ids[:2]), G(z[:2], ids[:2], 1.0))
     assert all(torch.equal(value, before[key]) for key, value in state.items())
     assert G.config.attention == (64,)
+
+
+def test_deep_moments_are_the_originals_at_every_truncation():
+    state, config = deep_hf()
+    norm = read_deep_hf(state, config).blocks[3].bn2.norm
+    truncations = [i * 0.02 for i in range(1, 51)] + [0.01, 0.37, 0.513, 0.999]
+    tables = torch.cat([norm.table_var, norm.running_var[None]])
+    mix = TruncationTables(truncations=[i / 50 for i in range(51)], convention="scale")
+    _, expected = deep_moments(state, "generator.layers.3.bn_1", truncations)
+    assert torch.allclose(mix.mix(truncations) @ tables, expected, rtol=1e-6)
 
 
 # What does not fit.
@@ -497,6 +509,8 @@ def changed(state, key, value):
             (16, 15, 3, 3),
             r"conv1.weight has shape \[16, 15, 3, 3\]: expected a multiple of 4 along axis 1",
         ),
+        ("shared.weight", None, "shared.weight is missing"),
+        ("linear.sv0", "blocks.9.1.gamma", r"blocks.9.1.gamma, of shape \[1\], has no place"),
         ("shared.weight", (5,), r"shared.weight has shape \[5\]: expected 2 dimensions"),
         (
             "blocks.2.0.conv1.weight",
@@ -593,7 +607,7 @@ def files(storage, tmp_path):
     return tmp_path
 
 
-def test_import_and_export_by_command(files):
+def test_import_by_command_and_export(files):
     flags = ["--format", "biggan-pytorch", "--weights", f"{files}/G_ema.pth", "--name", "theirs"]
     more = ["--discriminator", f"{files}/D.pth", "--classes", f"{files}/names.txt"]
     said = job("import_weights", *flags, *more, "--licence", "MIT").stdout
@@ -609,8 +623,8 @@ def test_import_and_export_by_command(files):
     assert (ModelStore("theirs").folder / "v1").exists("samples.png")
     assert load_discriminator("theirs")(torch.zeros(1, 3, 32, 32), torch.tensor([2])).shape == (1,)
 
-    said = job("export_weights", "--model", "theirs@v1", "--output", f"{files}/out").stdout
-    assert "G_ema.pth, for --model BigGAN --G_ch 2 --dim_z 12" in said
+    said = export_weights("theirs@v1", f"{files}/out")
+    assert said["G_ema.pth"].startswith("--model BigGAN --G_ch 2 --dim_z 12")
     for name in ("G_ema.pth", "D.pth"):
         written, given = (torch.load(files / part / name) for part in ("out", ""))
         assert_same_state(written, given)
@@ -625,24 +639,26 @@ def test_best_stays_unless_forced(files):
     again = put_in(licence="MIT")
     assert (again.card.version, again.is_best, again.card.licence) == ("v1", True, "MIT")
     torch.save(generator_state(32, 1, 12, 0, 3, False), files / "G_ema.pth")
-    second = put_in()
+    second = put_in(eps=1e-4)
+    assert second.G.config.bn_eps == 1e-4
     assert (second.card.version, second.is_best) == ("v2", False)
-    assert put_in(force=True).is_best
+    assert put_in(eps=1e-4, force=True).is_best
+    assert put_in().card.version == "v3"
     with pytest.raises(UserError, match="moving has no discriminator"):
         load_discriminator("moving")
 
 
-def test_deep_by_command_with_its_config_beside(storage, tmp_path):
-    state, config = deep_hf(ch=4, n_stats=5)
+def test_deep_with_its_config_beside(storage, tmp_path):
+    state, config = deep_hf(n_classes=2, n_stats=5)
     torch.save(state, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(config))
     import_weights(WeightFiles("biggan-deep-hf", f"{tmp_path}/pytorch_model.bin"), "deep")
     G, expected = biggan.load_generator("deep"), read_deep_hf(state, config)
-    z, ids = torch.randn(2, 6), torch.tensor([1, 3])
+    z, ids = torch.randn(2, 6), torch.tensor([1, 0])
     assert torch.equal(G(z, ids, 0.3), expected(z, ids, 0.3))
-    assert G.sample(2, truncation=0.4).shape == (1, 128, 128, 3)
+    assert G.sample(1, truncation=0.4).shape == (1, 128, 128, 3)
     with pytest.raises(UserError, match="at most by 1"):
-        G.sample(2, truncation=1.5)
+        G.sample(1, truncation=1.5)
 
 
 class Malice:
@@ -672,20 +688,12 @@ def test_files_that_are_refused(files):
         ),
         ({"discriminator": f"{files}/D4.pth"}, "D4.pth: .*n_classes is 4, the generator's is 3"),
         ({"classes": f"{files}/names.txt"}, "names.txt names 2 classes; the generator has 3"),
-        ({"config": "config.json"}, "config config.json: biggan-pytorch has none"),
+        ({"config": "config.json"}, "config = config.json: biggan-pytorch has none"),
         ({"format": "biggan-deep-hf"}, "--config .*config.json: cannot be read"),
     ):
         with pytest.raises(UserError, match=said):
             put_in(**changes)
     assert ModelStore("never").versions() == []
-    assert (
-        "bad.pth is refused"
-        in job(
-            *["import_weights", "--format", "biggan-pytorch", "--name", "never", "--weights"],
-            f"{files}/bad.pth",
-            status=2,
-        ).stderr
-    )
 
 
 # Against the originals.
@@ -722,6 +730,8 @@ ORIGINALS = [
 def test_against_biggan_pytorch(original, model, resolution, flags):
     module = original(model)
     ch = 4 if resolution == 32 else 8
+    # The deep one itself is 1e-5 from what it computes in float64.
+    atol = 1e-4 if model == "BigGANdeep" else 1e-5
     settings = {"resolution": resolution, "n_classes": 7, "G_ch": ch, "D_ch": ch, "SN_eps": 1e-6}
     settings |= {"dim_z": 42, "shared_dim": 16, "G_shared": True, "hier": True, "no_optim": True}
     settings |= {"G_lr": 0.1, "D_lr": 0.1} | flags
@@ -731,7 +741,7 @@ def test_against_biggan_pytorch(original, model, resolution, flags):
             theirs.load_state_dict(draw(theirs.state_dict()))
         G = read_generator(theirs.state_dict())
         z, ids = torch.randn(2, G.z_dim), torch.tensor([6, 1])
-        assert_close(G(z, ids), theirs(z, theirs.shared(ids)), 1e-5, "images")
+        assert_close(G(z, ids), theirs(z, theirs.shared(ids)), atol, "images")
         theirs.load_state_dict(write_generator(G))
     theirs = module.Discriminator(**settings).eval()
     theirs.load_state_dict(draw(theirs.state_dict()))

@@ -15,12 +15,14 @@ from biggan.config import ConfigError
 from biggan.loop import WORST_FID, TrainingLoop, non_finite_weight
 from biggan.parallel import CPU, Workers
 from biggan.runs import (
+    SIGNALS,
     RunRecord,
     best_checkpoint,
     checkpoints,
     latest_checkpoint,
     open_run,
     read_metrics,
+    read_rows,
 )
 from biggan.storage import Folder, StorageError
 from biggan.training import build
@@ -57,6 +59,58 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(digits, tiny_
         [{k: row[k] for k in keys if k in row} for row in read_metrics(r)] for r in (run, tiny_run)
     )
     assert rows == undisturbed
+
+
+LITTLE_DATA = {
+    "loss__r1": 0.1,
+    "loss__r1_every": 3,
+    "loss__lecam": 0.3,
+    "loss__consistency": 1.0,
+    "loss__consistency_fake": 1.0,
+    "loss__topk": 0.5,
+    "loss__topk_kimg": 0.4,
+    "loss__ortho_d": 1e-4,
+    "augment__name": "ada",
+    "augment__ada_kimg": 1.0,
+    "model__attention": [8],
+    "model__channel_attention": [8],
+    "speed__recompute": True,
+    "collapse__window_kimg": 0.3,
+}
+DEEP = {
+    "model__architecture": "biggan-deep",
+    "model__ch_g": 4,
+    "model__ch_d": 4,
+    "loss__name": "bce",
+    "loss__ortho_variant": "full",
+    "augment__name": "diffaugment",
+    "speed__precision_g": "bfloat16",
+    "speed__precision_d": "float16",
+    "speed__reuse_fakes": True,
+    "speed__channels_last": False,
+    "speed__fused_optimizer": False,
+}
+UNSHARED = {
+    "model__shared": False,
+    "model__hierarchical": False,
+    "optim__accumulation": 2,
+    "loss__name": "wasserstein",
+    "augment__name": "ada",
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [LITTLE_DATA, DEEP, UNSHARED], ids=["little data", "deep in half", "unshared"]
+)
+def test_resuming_is_bit_exact_with_everything_switched_on(digits, tmp_path, changes):
+    config = tiny(total_kimg=0.768, **changes)
+    whole, broken = (Folder(str(tmp_path / name)) for name in ("whole", "broken"))
+    assert train_here(config, whole, digits) == "finished"
+    with pytest.raises(InterruptedError):
+        train_here(config, broken, digits, stop_after=1)
+    assert train_here(config, broken, digits) == "finished"
+    assert_equal(last_state(broken), last_state(whole))
+    assert read_rows(broken, SIGNALS) == read_rows(whole, SIGNALS)
 
 
 def test_what_a_run_leaves_behind(tiny_run):

@@ -63,6 +63,12 @@ CONFIG = RunConfig().override(
         "loss.ortho_d": 1e-3,
         "data.flip": True,
         "ema.decay": 0.9,
+        "loss.r1": 0.1,
+        "loss.lecam": 0.3,
+        "loss.consistency": 1.0,
+        "loss.topk": 0.5,
+        "augment.name": "ada",
+        "augment.ada_kimg": 1.0,
     }
 )
 

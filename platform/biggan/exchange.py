@@ -74,7 +74,7 @@ class WeightFiles:
         unfit = ("discriminator", "bn_eps") if hf else ("config",)
         for field in unfit:
             if getattr(self, field) is not None:
-                raise UserError(f"{field} {getattr(self, field)}: {self.format} has none")
+                raise UserError(f"{field} = {getattr(self, field)}: {self.format} has none")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def import_weights(
     does not fit.
     """
     origin: dict[str, str] = {"format": files.format}
+    if files.bn_eps is not None:
+        origin["bn_eps"] = f"{files.bn_eps:g}"
     G, D = _read_networks(files, origin)
     store = ModelStore(name, root)
     card = _already_there(store, origin)

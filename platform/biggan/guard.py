@@ -2,7 +2,7 @@
 
 Section 4 of the paper: before a GAN collapses, the largest singular values of its weights run
 away, D tells real from fake without fail, or G's images of a class come to be all alike. FID shows
-the same only later, at the next evaluation. Readings are taken ten times a window; a window is a thousand
+the same only later. Readings are taken ten times a window; a window is a thousand
 steps unless the configuration says otherwise, and the first one is a respite, in which everything
 still moves fast.
 """

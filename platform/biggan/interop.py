@@ -126,7 +126,8 @@ def read_generator(state: State, bn_eps: float = BN_EPS) -> Generator:
     ch = _width(weights, "blocks.0.0.conv1.weight", 1, G_WIDTHS[resolution][0])
     chunk = weights.shape("linear.weight", 2)[1]
     rows, columns = weights.shape("blocks.0.0.bn1.gain.weight", 2)
-    if shared := "shared.weight" in state:
+    # The normalized layers of a shared embedding, or tables, which are not normalized.
+    if shared := "blocks.0.0.bn1.gain.u0" in state or "shared.weight" in state:
         n_classes, shared_dim = weights.shape("shared.weight", 2)
         hierarchical = columns != shared_dim
         z_dim = chunk * len(G_WIDTHS[resolution]) if hierarchical else chunk
@@ -270,8 +271,9 @@ def _width(weights: Weights, key: str, axis: int, multiple: int) -> int:
 
 def _attention(state: State, sides: Sequence[int]) -> tuple[int, ...]:
     """Sides of the feature maps that attention follows; `sides` are those after each entry."""
-    keys = [re.fullmatch(r"blocks\.(\d+)\.[12]\.gamma", key) for key in state]
-    return tuple(sorted({sides[int(found[1])] for found in keys if found}))
+    found = [re.fullmatch(r"blocks\.(\d+)\.[12]\.gamma", key) for key in state]
+    places = {int(match[1]) for match in found if match}
+    return tuple(sorted({side for k, side in enumerate(sides) if k in places}))
 
 
 def model_config(**fields: Any) -> ModelConfig:

@@ -335,14 +335,19 @@ class CrossReplicaBatchNorm2d(nn.Module):
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 
 
-@contextmanager
-def recomputation() -> Iterator[None]:
-    """For forwards that are made again for the backward pass: running moments stay as they are."""
-    token = _recomputing.set(True)
-    try:
-        yield
-    finally:
-        _recomputing.reset(token)
+class Recomputation:
+    """Context of forwards made again for the backward pass: running moments stay as they are.
+
+    Can be entered any number of times, since a graph can be gone through more than once.
+    """
+
+    def __enter__(self) -> None:
+        """Begin."""
+        self._token = _recomputing.set(True)
+
+    def __exit__(self, *_error: object) -> None:
+        """End."""
+        _recomputing.reset(self._token)
 
 
 def _world_size() -> int:

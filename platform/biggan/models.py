@@ -200,34 +200,36 @@ def weights_of(network: nn.Module) -> bytes:
 
 
 def blank_generator(config: GeneratorConfig) -> Generator:
-    """A generator as described, on the CPU, whose weights are all still to be filled in."""
-    with torch.device("meta"):  # Drawing initial weights would take longer than loading them.
-        G = Generator(
-            config.model,
-            resolution=config.resolution,
-            channels=config.channels,
-            n_classes=len(config.class_names),
-        )
-    G.to_empty(device="cpu")
+    """A generator as described, whose weights are still to be filled in."""
+    G = Generator(
+        _quick_to_draw(config.model),
+        resolution=config.resolution,
+        channels=config.channels,
+        n_classes=len(config.class_names),
+    )
+    G.config, G.class_names = config.model, list(config.class_names)
     if config.tables:
         G.add_tables(config.tables)
     if config.folded:
         G.fold_spectral_norms()
-    G.class_names = list(config.class_names)
     return G
 
 
 def blank_discriminator(config: DiscriminatorConfig) -> Discriminator:
-    """A discriminator as described, on the CPU, whose weights are all still to be filled in."""
-    with torch.device("meta"):
-        D = Discriminator(
-            config.model,
-            resolution=config.resolution,
-            channels=config.channels,
-            n_classes=config.n_classes,
-        )
-    D.to_empty(device="cpu")
+    """A discriminator as described, whose weights are still to be filled in."""
+    D = Discriminator(
+        _quick_to_draw(config.model),
+        resolution=config.resolution,
+        channels=config.channels,
+        n_classes=config.n_classes,
+    )
+    D.config = config.model
     return D
+
+
+def _quick_to_draw(config: ModelConfig) -> ModelConfig:
+    # Orthogonal weights take longer to draw than to load; here they are overwritten anyway.
+    return config.model_copy(update={"init": "normal"})
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -26,13 +26,13 @@ from biggan.layers import (
     ChannelAttention,
     ConditionalBatchNorm2d,
     CrossReplicaBatchNorm2d,
+    Recomputation,
     SelfAttention,
     SNConv2d,
     SNDownConv2d,
     SNEmbedding,
     SNLinear,
     SNUpConv2d,
-    recomputation,
     spectral_norms,
 )
 from biggan.networks_deep import DeepDBlock, DeepGBlock
@@ -443,6 +443,6 @@ def _run(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), recomputation()),
+        context_fn=lambda: (nullcontext(), Recomputation()),
     )
     return again

@@ -1,0 +1,64 @@
+"""Batches that do not fit, in processes whose memory is really limited."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from biggan.memory import smaller_accumulations
+from biggan.runs import read_metrics
+from biggan.storage import Folder
+
+PROGRAM = """
+import resource, sys
+import torch
+from conftest import tiny, train_here
+from biggan.data.dataset import Dataset
+from biggan.storage import Folder
+
+torch.set_num_threads(1)
+dataset, run, auto = sys.argv[1:]
+config = tiny(
+    optim__batch_size=1024, total_kimg=3.0, eval__every_kimg=3.0, checkpoint__every_kimg=3.0,
+    model__ch_g=16, model__ch_d=16, speed__auto_accumulate=auto == "auto",
+)
+data = Dataset.open(dataset)
+torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # Loads what it loads.
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 700 * 2**20,) * 2)
+print(train_here(config, Folder(run), data, say=print))
+"""
+
+
+def limited(digits, run, mode):
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, digits.folder.uri, str(run), mode],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory by RLIMIT_AS")
+def test_a_batch_that_does_not_fit(digits, tmp_path):
+    done = limited(digits, tmp_path / "stop", "stop")
+    assert done.returncode == 1
+    assert "micro-batches of 1024 images do not fit in memory" in done.stderr
+    assert "keeps the optimizer's batch as it is" in done.stderr
+    done = limited(digits, tmp_path / "auto", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "going on with" in done.stdout
+    assert "finished" in done.stdout
+    run = Folder(str(tmp_path / "auto"))
+    accumulation = run.read_json("accumulation.json")["accumulation"]
+    assert f"going on with {1024 // accumulation}, {accumulation} to a batch" in done.stdout
+    assert read_metrics(run)[-1]["step"] == 3  # The optimizer's batch is the one configured.
+
+
+def test_smaller_micro_batches_divide_the_batch():
+    from conftest import tiny
+
+    assert smaller_accumulations(tiny(optim__batch_size=64), workers=2) == [2, 4, 8, 16]
+    config = tiny(optim__batch_size=60, optim__accumulation=2)
+    assert smaller_accumulations(config, workers=1) == [3, 4, 5, 6, 10, 12, 15, 20, 30]
