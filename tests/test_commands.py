@@ -11,7 +11,10 @@ from biggan.commands import base_config
 from biggan.config import ConfigError
 from biggan.presets import digits
 
-COMMANDS = ["prepare", "train", "sweep", "promote", "evaluate", "generate"]
+COMMANDS = [
+    *("prepare", "train", "sweep", "promote", "evaluate", "generate"),
+    *("import_weights", "export_weights"),
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

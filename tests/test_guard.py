@@ -99,10 +99,17 @@ COLLAPSING = {
 }
 
 
-def test_a_run_that_collapses_is_stopped_and_says_why(digits, tmp_path):
+@pytest.mark.parametrize(
+    "deaf_to,said",
+    [
+        ({"collapse__sigma_growth": 1e6}, "images of a class vary 0.0"),
+        ({"collapse__class_variance": 0.0}, "the largest singular value of D.blocks.1.conv2 grew"),
+    ],
+)
+def test_a_run_that_collapses_is_stopped_and_says_why(digits, tmp_path, deaf_to, said):
     run = Folder(str(tmp_path / "stop"))
-    reason = train_here(tiny(**COLLAPSING), run, digits)
-    assert reason.startswith("collapsed: images of a class vary 0.0")
+    reason = train_here(tiny(**COLLAPSING, **deaf_to), run, digits)
+    assert reason.startswith(f"collapsed: {said}")
     assert reason.endswith("at 0.352 kimg")  # The first reading after the respite.
 
 
@@ -120,7 +127,7 @@ def test_a_run_that_collapses_goes_back_and_on_with_smaller_learning_rates(digit
     said = []
     assert train_here(config, run, digits, say=said.append) == "finished"
     (line,) = [line for line in said if "rolled back" in line]
-    assert "rolled back from 0.352 to 0 kimg, learning rates now x 0.001: images of a" in line
+    assert "rolled back from 0.352 to 0 kimg, learning rates now x 0.001: the largest" in line
     final = list(checkpoints(run).values())[-1]
     (back,) = final.standing.rollbacks
     assert (back.from_step, back.to_step) == (11, 0)
