@@ -1,10 +1,12 @@
 """Batches that do not fit, in processes whose memory is really limited."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny
 
 from biggan.memory import smaller_accumulations
 from biggan.runs import read_metrics
@@ -20,7 +22,7 @@ from biggan.storage import Folder
 torch.set_num_threads(1)
 dataset, run, auto = sys.argv[1:]
 config = tiny(
-    optim__batch_size=1024, total_kimg=3.0, eval__every_kimg=3.0, checkpoint__every_kimg=3.0,
+    optim__batch_size=1024, total_kimg=2.0, eval__every_kimg=2.0, checkpoint__every_kimg=2.0,
     model__ch_g=16, model__ch_d=16, speed__auto_accumulate=auto == "auto",
 )
 data = Dataset.open(dataset)
@@ -35,6 +37,7 @@ def limited(digits, run, mode):
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, digits.folder.uri, str(run), mode],
         cwd=Path(__file__).parent,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # Holes between arenas are not the matter here.
         capture_output=True,
         text=True,
     )
@@ -53,12 +56,10 @@ def test_a_batch_that_does_not_fit(digits, tmp_path):
     run = Folder(str(tmp_path / "auto"))
     accumulation = run.read_json("accumulation.json")["accumulation"]
     assert f"going on with {1024 // accumulation}, {accumulation} to a batch" in done.stdout
-    assert read_metrics(run)[-1]["step"] == 3  # The optimizer's batch is the one configured.
+    assert read_metrics(run)[-1]["step"] == 2  # The optimizer's batch is the one configured.
 
 
 def test_smaller_micro_batches_divide_the_batch():
-    from conftest import tiny
-
     assert smaller_accumulations(tiny(optim__batch_size=64), workers=2) == [2, 4, 8, 16]
     config = tiny(optim__batch_size=60, optim__accumulation=2)
     assert smaller_accumulations(config, workers=1) == [3, 4, 5, 6, 10, 12, 15, 20, 30]

@@ -56,8 +56,10 @@ def smaller_accumulations(config: RunConfig, workers: int) -> list[int]:
 
 
 def free_unused_memory() -> None:
-    """Give back what nothing refers to any more, on a GPU also what torch keeps in reserve."""
+    """Give back what nothing refers to any more, and what torch or the C library keep of it."""
     gc.collect()
+    if libc := _glibc():
+        libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -67,9 +69,14 @@ def keep_freed_memory() -> None:
 
     For glibc; elsewhere nothing happens. The gain is in `benchmarks/README.md`.
     """
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _glibc() -> ctypes.CDLL | None:
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+    return libc if hasattr(libc, "mallopt") else None

@@ -151,7 +151,7 @@ class GBlock(nn.Module):
         h: Tensor = self.conv1(self.bn1(x, condition, mix, relu=True))
         h = self.conv2(self.bn2(h, condition, mix, relu=True))
         # A 1x1 convolution and nearest upsampling commute; this order is a quarter of the work.
-        return h + F.interpolate(self.conv_sc(x), scale_factor=2)
+        return h.add_(F.interpolate(self.conv_sc(x), scale_factor=2))
 
     @property
     def idle_biases(self) -> tuple[list[SNConv2d], list[SNConv2d]]:
@@ -175,10 +175,10 @@ class DBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, in_ch, H, W]` to `[N, out_ch, H, W]`, H and W halved if it downsamples."""
         h: Tensor = x if self.first else F.relu(x)
-        h = self.conv2(F.relu(self.conv1(h)))
+        h = self.conv2(F.relu_(self.conv1(h)))
         if self.downsample:
             x = F.avg_pool2d(x, 2)  # Commutes with the 1x1 convolution; a quarter of its work.
-        return h + (x if self.conv_sc is None else self.conv_sc(x))
+        return h.add_(x if self.conv_sc is None else self.conv_sc(x))
 
 
 class Generator(nn.Module):

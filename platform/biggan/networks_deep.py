@@ -50,7 +50,7 @@ class DeepGBlock(nn.Module):
         h = self.conv3(self.bn3(h, condition, mix, relu=True))
         h = self.conv4(self.bn4(h, condition, mix, relu=True))
         x = x[:, : self.out_ch]
-        return h + (F.interpolate(x, scale_factor=2) if self.upsample else x)
+        return h.add_(F.interpolate(x, scale_factor=2) if self.upsample else x)
 
     @property
     def idle_biases(self) -> tuple[list[SNConv2d], list[SNConv2d]]:
@@ -74,11 +74,11 @@ class DeepDBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, in_ch, H, W]` to `[N, out_ch, H, W]`, H and W halved if it downsamples."""
         h: Tensor = self.conv1(F.relu(x))
-        h = self.conv2(F.relu(h))
-        h = F.relu(self.conv3(F.relu(h)))
+        h = self.conv2(F.relu_(h))
+        h = F.relu_(self.conv3(F.relu_(h)))
         if self.downsample:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         if self.conv_sc is not None:
             x = torch.cat([x, self.conv_sc(x)], 1)
-        out: Tensor = self.conv4(h) + x
-        return out
+        out: Tensor = self.conv4(h)
+        return out.add_(x)
