@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -223,10 +222,10 @@ class _BatchNormAffine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, gain, mean, invstd = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grads[0], y, 0) if ctx.relu else grads[0]
-        product = grad * x
         # Sums over positions, [N, C]; over x hat = (x - mean) * invstd for the gain's.
         grad_bias = grad.sum((2, 3), dtype=gain.dtype)
-        grad_gain = invstd * (product.sum((2, 3), dtype=gain.dtype) - mean * grad_bias)
+        along = (grad * x).sum((2, 3), dtype=gain.dtype)
+        grad_gain = invstd * (along - mean * grad_bias)
         # Means over the batches of all ranks of the normalized map's gradient, and along x hat.
         means = torch.stack([(gain * grad_bias).sum(0), (gain * grad_gain).sum(0)])
         means = means / (x.numel() // x.shape[1])
@@ -235,7 +234,7 @@ class _BatchNormAffine(torch.autograd.Function):
             means = means / _world_size()
         slope = -invstd.square() * means[1]
         offset = -invstd * means[0] - slope * mean
-        grad_x = torch.addcmul(_wide(offset, x), x, _wide(slope, x), out=product)
+        grad_x = torch.addcmul(_wide(offset, x), x, _wide(slope, x))
         grad_x.addcmul_(grad, _wide(gain * invstd, x))
         return (
             grad_x,
@@ -315,7 +314,7 @@ class CrossReplicaBatchNorm2d(nn.Module):
         if self.training:
             y: Tensor
             y, mean, var = _BatchNormAffine.apply(x, gain, bias, self.eps, relu)  # type: ignore[no-untyped-call]
-            if not _recomputing.get():
+            if not Recomputation.active:
                 n = x.numel() // x.shape[1] * _world_size()
                 self._move(mean, var * (n / (n - 1)))  # Unbiased, as torch stores it.
             return y
@@ -332,22 +331,21 @@ class CrossReplicaBatchNorm2d(nn.Module):
         self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
 
 
-_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
-
-
 class Recomputation:
     """Context of forwards made again for the backward pass: running moments stay as they are.
 
     Can be entered any number of times, since a graph can be gone through more than once.
     """
 
+    active: ClassVar[bool] = False
+
     def __enter__(self) -> None:
         """Begin."""
-        self._token = _recomputing.set(True)
+        Recomputation.active = True
 
     def __exit__(self, *_error: object) -> None:
         """End."""
-        _recomputing.reset(self._token)
+        Recomputation.active = False
 
 
 def _world_size() -> int:
