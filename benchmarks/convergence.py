@@ -3,7 +3,7 @@
 Both train with the same widths, batches, learning rates and number of D updates, on the same real
 images in the same order; FID is taken by one evaluator, with one extractor, on the averaged
 generators. The peer's networks, training function and average are its own, imported at run time
-from a checkout (see `train_step.py`); it draws labels for its fakes evenly, as its code does.
+from a checkout (see `peers.py`); it draws labels for its fakes evenly, as its code does.
 
 BigGAN-PyTorch knows RGB images of 32 to 256 pixels, so first
 
@@ -29,19 +29,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from machine import BenchmarkError, choose_device
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from peers import check_peers, make, parse_peers
 from torch import Tensor, nn
-from train_step import (
-    OURS,
-    BenchmarkError,
-    Trainer,
-    Work,
-    check_peers,
-    make,
-    parse_overrides,
-    parse_peers,
-)
+from train_step import parse_overrides
+from trainers import OURS, Trainer, Work
 
 from biggan import presets
 from biggan.config import RunConfig
@@ -245,10 +239,7 @@ def main(argv: Sequence[str]) -> None:
     base = configuration(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    if args.device == "cuda" and not cuda:
-        raise BenchmarkError("--device cuda: torch finds no GPU; use --device cpu")
-    device = torch.device("cuda" if cuda else "cpu")
+    device = choose_device(args.device)
     info = DatasetInfo.read(locate("datasets", args.dataset, args.storage))
     check_dataset(info, args.dataset, peers)
     check_peers(peers, Work(base, info.resolution, len(info.classes), device))

@@ -72,6 +72,7 @@ LITTLE_DATA = {
     "loss__ortho_d": 1e-4,
     "augment__name": "ada",
     "augment__ada_kimg": 1.0,
+    "augment__ada_target": 0.01,
     "model__attention": [8],
     "model__channel_attention": [8],
     "speed__recompute": True,
@@ -111,6 +112,8 @@ def test_resuming_is_bit_exact_with_everything_switched_on(digits, tmp_path, cha
     assert train_here(config, broken, digits) == "finished"
     assert_equal(last_state(broken), last_state(whole))
     assert read_rows(broken, SIGNALS) == read_rows(whole, SIGNALS)
+    if changes is LITTLE_DATA:
+        assert last_state(whole)["running"]["p"] > 0  # ADA has done something.
 
 
 def test_what_a_run_leaves_behind(tiny_run):

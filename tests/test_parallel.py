@@ -22,10 +22,13 @@ def join(rank, size, rendezvous):
 
 
 def normalize(rank, size, folder):
-    join(rank, size, folder / "rendezvous")
+    workers = join(rank, size, folder / "rendezvous")
     x, grad = torch.load(folder / "in.pt")
     norm = CrossReplicaBatchNorm2d(x.shape[1], 1e-5)
     part = x.chunk(size)[rank].clone().requires_grad_()
+    assert workers.mean(torch.tensor([rank + 1.0])).item() == 1.5
+    assert workers.gather(torch.tensor([rank, 7])).tolist() == [0, 7, 1, 7]
+    assert workers.agree(f"rank {rank}") == "rank 0"
     out = norm(part)
     out.backward(grad.chunk(size)[rank])
     torch.save((out.detach(), part.grad, norm.running_mean, norm.running_var), folder / f"{rank}")
@@ -69,6 +72,7 @@ CONFIG = RunConfig().override(
         "loss.topk": 0.5,
         "augment.name": "ada",
         "augment.ada_kimg": 1.0,
+        "augment.ada_target": 0.01,
     }
 )
 
