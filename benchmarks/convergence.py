@@ -42,6 +42,7 @@ from biggan.config import RunConfig
 from biggan.data.batches import Batches
 from biggan.data.dataset import Dataset, DatasetInfo
 from biggan.errors import UserError
+from biggan.latents import sample_z
 from biggan.metrics.extractors import load_extractor
 from biggan.metrics.fid import Evaluator
 from biggan.networks import Generator
@@ -64,13 +65,19 @@ class Curve:
 
 
 class AsGenerator(nn.Module):
-    """A peer's averaged generator with what the evaluator asks of ours: `z_dim`, `G(z, labels)`."""
+    """A peer's averaged generator with what the evaluator asks of ours."""
+
+    tables = None
 
     def __init__(self, name: str, G: nn.Module, z_dim: int) -> None:
         super().__init__()
         self.name, self.G, self.z_dim = name, G, z_dim
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+    def latents(self, seeds: Sequence[int], truncation: float | None) -> Tensor:
+        """The latents that ours would be asked with."""
+        return sample_z(seeds, self.z_dim, truncation)
+
+    def forward(self, z: Tensor, labels: Tensor, _truncation: float | None = None) -> Tensor:
         """Images in [-1, 1], by the moments that batch norm kept in training."""
         self.G.eval()
         if self.name == "biggan-pytorch":  # Its G takes embedded classes.

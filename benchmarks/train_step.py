@@ -99,10 +99,9 @@ def peak_memory(name: str, work: Work, peers: Mapping[str, Path]) -> int:
     optimizers, activations and scratch; on CUDA what torch has allocated in a step after warm-up.
     """
     # A miniature first: what code takes, loaded as it is used, is no state of the trainer.
-    tiny = {"model.ch_g": 1, "model.ch_d": 1, "model.attention": (), "optim.batch_size": 2,
+    ch = 4 if work.config.model.deep else 1
+    tiny = {"model.ch_g": ch, "model.ch_d": ch, "model.attention": (), "optim.batch_size": 2,
             "optim.accumulation": 1, "optim.num_D_steps": 1}  # fmt: skip
-    if work.config.model.deep:  # Its bottlenecks are a quarter as wide.
-        tiny |= {"model.ch_g": 4, "model.ch_d": 4}
     miniature = replace(work, config=work.config.override(tiny), n_classes=2)
     make(name, miniature, peers).run(miniature.inputs(), 1)
     gc.collect()

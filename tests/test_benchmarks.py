@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from biggan.config import SpeedConfig
+
 ROOT = Path(__file__).parents[1]
 PEER = os.environ.get("BIGGAN_PYTORCH", "")
 TINY = "--resolution 32 --ch 1 --n-classes 3 --threads 1 --device cpu --rounds 1 --steps 1"
@@ -116,6 +118,35 @@ def test_a_peer_that_fails_does_not_end_the_benchmark(tmp_path):
     assert "pip install a_package_that_is_not_there" in said
     assert figures["trainers"]["ours"]["images_per_second"] > 0
     assert figures["ours_against"] == {}
+
+
+def test_an_option_against_the_default(tmp_path):
+    run = benchmark(
+        "options", *TINY.split(), "--batch-size", 4, "--only", "reuse_fakes", "--json",
+        tmp_path / "figures.json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures["settings"]) == ["reuse_fakes=True"]
+    one = figures["settings"]["reuse_fakes=True"]
+    assert one["error"] == ""
+    ratio = one["seconds_of_default"][0] / one["seconds"][0]
+    memory = one["peak_memory_bytes"] / one["peak_memory_bytes_of_default"]
+    row = f"| reuse_fakes=True | {ratio:.2f} | {ratio:.2f} to {ratio:.2f} | {memory:.2f} |"
+    assert run.stdout.splitlines()[-1] == row
+
+
+def test_every_option_can_be_measured():
+    run = benchmark("options", "--only", "speed")
+    assert run.returncode == 1
+    known = set(run.stderr.strip().partition("those are ")[2].split(", "))
+    assert known == set(SpeedConfig.model_fields) - {"auto_accumulate"}
+
+
+def test_ray_overhead_tells_what_it_measures():
+    run = benchmark("ray_overhead", "--help")
+    assert run.returncode == 0, run.stderr
+    assert "--threads" in run.stdout
 
 
 def test_convergence_wants_a_dataset_that_the_peer_can_read(digits, tmp_path):

@@ -256,7 +256,7 @@ class TrainingLoop:
             advice = (
                 f"micro-batches of {was} images do not fit in memory ({error}); {micro}"
                 f" {'would fit' if alone else 'come next'}: --optim.accumulation {accumulation}"
-                " keeps the optimizer's batch as it is, and --speed.auto_accumulate True does"
+                " keeps the optimizer's batch as it is, and --speed.auto-accumulate does"
                 " that by itself"
             )
             if not self.config.speed.auto_accumulate:
