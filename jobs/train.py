@@ -32,7 +32,7 @@ class Train:
     config: ConfigFlags = field(default_factory=RunConfig)
     preset: str | None = None
     """A recipe to start from: digits, laptop, standard, cifar10, imagenet64, imagenet128,
-    imagenet256, imagenet512 (see biggan.presets)."""
+    imagenet128_deep, imagenet256, imagenet512 (see biggan.presets)."""
     config_file: ConfigFile = None
     """A YAML file to start from, such as a sweep's best.yaml."""
     scaling: Scaling = field(default_factory=Scaling)

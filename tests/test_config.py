@@ -99,3 +99,12 @@ def test_yaml_that_is_none_is_named(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=r"run.yaml is no readable YAML"):
             RunConfig.from_yaml(file)
+
+
+def test_a_bare_off_in_yaml_is_the_word(tmp_path):
+    file = tmp_path / "off.yaml"
+    file.write_text("guard: off\nspeed:\n  compile: off\n")  # A boolean to YAML 1.1.
+    config = RunConfig.from_yaml(file)
+    assert (config.guard, config.speed.compile) == ("off", "off")
+    file.write_text("guard: rollback\n")
+    assert RunConfig.from_yaml(file).guard == "rollback"

@@ -4,11 +4,18 @@ import pytest
 import torch
 from conftest import tiny, train_here
 
-from biggan.checkpoint import DESCRIPTION, STATE
+from biggan.checkpoint import DESCRIPTION, STATE, Rollback
 from biggan.guard import READINGS, Guard, GuardState, Reading, sigma_growth, singular_values
-from biggan.loop import good_checkpoint
 from biggan.parallel import ALONE
-from biggan.runs import SIGNALS, checkpoints, read_metrics, read_rows
+from biggan.runs import (
+    SIGNALS,
+    checkpoints,
+    good_checkpoint,
+    latest_checkpoint,
+    read_metrics,
+    read_rows,
+    remember_rollbacks,
+)
 from biggan.storage import Folder
 from biggan.training import build
 
@@ -39,7 +46,8 @@ def test_a_singular_value_that_runs_away_is_named(digits):
 def test_a_D_that_never_errs_must_not_err_for_a_whole_window(digits):
     perfect = [reading(2 + k / 10, accuracy=1.0) for k in range(READINGS)]
     assert "D told real from fake in 100.00% of all cases" in signal(digits, perfect)
-    assert signal(digits, perfect[1:]) == ""
+    assert "D told" in signal(digits, [perfect[0], perfect[-1]])  # A window of two steps.
+    assert signal(digits, perfect[2:]) == ""
     assert signal(digits, [reading(1.9), *perfect]) == ""
 
 
@@ -159,3 +167,22 @@ def test_the_place_to_return_to_is_the_newest_that_was_calm(digits, tmp_path):
         (run / name).write_json(DESCRIPTION, info)
     assert good_checkpoint(run, before_step=1000) == names[0]
     assert good_checkpoint(run, before_step=1) == ""
+
+
+def test_what_a_rollback_left_behind_is_not_resumed_from(digits, tmp_path):
+    """As when a run is killed before it saves anything after its rollback."""
+    run = Folder(str(tmp_path / "left"))
+    changes = {"checkpoint__every_kimg": 0.256, "checkpoint__keep": 9, "collapse__lr_factor": 0.1}
+    train_here(tiny(total_kimg=1.024, **changes), run, digits)
+    names = list(checkpoints(run))
+    back = Rollback(from_step=30, to_step=checkpoints(run)[names[1]].step, signal="a test")
+    remember_rollbacks(run, [back])
+    assert latest_checkpoint(run) == run / names[1]
+    said = []
+    train_here(tiny(total_kimg=1.28, **changes), run, digits, say=said.append)
+    assert "resuming at 0.512" in said[0]
+    newest = latest_checkpoint(run)
+    assert checkpoints(run)[newest.name].standing.rollbacks == [back]
+    optimizer = torch.load(f"{newest.path}/{STATE}", weights_only=True)["optim_G"]
+    lr = optimizer["param_groups"][0]["lr"]
+    assert lr == pytest.approx(0.1 * tiny().optim.lr_g)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from biggan.layers import (
+    ChannelAttention,
     ConditionalBatchNorm2d,
     CrossReplicaBatchNorm2d,
     SelfAttention,
@@ -15,6 +16,7 @@ from biggan.layers import (
     SNEmbedding,
     SNLinear,
     SNUpConv2d,
+    shared_power_iteration,
     standing_statistics,
 )
 
@@ -141,3 +143,74 @@ def test_standing_statistics_leave_spectral_norms_alone():
     with standing_statistics(layer):
         layer(torch.randn(2, 3, 4, 4), torch.randn(2, 4))
     assert torch.equal(layer.gain.u, before)
+
+
+def test_batch_norm_in_half_precision_keeps_its_moments_in_full():
+    norm = CrossReplicaBatchNorm2d(4, 1e-5)
+    x = (10 + torch.randn(16, 4, 8, 8)).bfloat16().requires_grad_()
+    full = x.detach().float().requires_grad_()
+    gain, bias = torch.rand(16, 4) + 1, torch.randn(16, 4)
+    grad = torch.randn(16, 4, 8, 8)
+    out = norm(x, gain, bias, relu=True)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(norm.running_mean, 0.1 * full.mean((0, 2, 3)), atol=1e-4)
+    normalized = F.batch_norm(full, None, None, training=True)
+    expected = F.relu(normalized * gain[..., None, None] + bias[..., None, None])
+    assert (out.float() - expected).abs().max() < 0.03  # Half a step of bfloat16 at 4 to 8.
+    out.backward(grad.bfloat16())
+    expected.backward(grad)
+    assert (x.grad.float() - full.grad).abs().max() < 0.06
+
+
+def test_batch_norm_with_gain_bias_and_relu_is_the_separate_steps():
+    norm = CrossReplicaBatchNorm2d(4, 1e-5).double()
+    inputs = [
+        torch.randn(6, 4, 5, 5, dtype=torch.double),
+        torch.randn(6, 4, dtype=torch.double),
+        torch.randn(6, 4, dtype=torch.double),
+    ]
+    for t in inputs:
+        t.requires_grad_()
+    ours = norm(*inputs, relu=True)
+    x, gain, bias = inputs
+    normalized = F.batch_norm(x, None, None, training=True, eps=1e-5)
+    theirs = F.relu(normalized * gain[..., None, None] + bias[..., None, None])
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(theirs, inputs, grad),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_channel_attention_by_its_definition():
+    layer = ChannelAttention(8, 1e-6).double().eval()
+    x = torch.randn(3, 8, 4, 4, dtype=torch.double)
+    assert torch.equal(layer(x), x)  # It begins as the identity.
+    layer.gamma.data.fill_(1)
+    hidden = F.relu(layer.squeeze(x.mean((2, 3))))
+    gate = torch.sigmoid(layer.excite(hidden))  # Hu et al. 2018, eq. 3 and 4.
+    assert torch.allclose(layer(x), x * gate[:, :, None, None])
+
+
+def test_a_shared_power_iteration_serves_all_forwards_within():
+    layer = SNLinear(12, 7, 1e-12)
+    before = layer.u.clone()
+    with shared_power_iteration(layer):
+        once = layer.u.clone()
+        first, second = layer.normalized_weight(), layer.normalized_weight()
+    assert not torch.equal(before, once)
+    assert torch.equal(layer.u, once)
+    assert torch.equal(first, second)
+    layer.u.copy_(before)
+    assert torch.allclose(layer.normalized_weight(), first, atol=1e-6)  # As one forward alone.
+
+
+def test_a_folded_norm_gives_the_same_output():
+    layer, x = SNConv2d(3, 4, 3, 1e-6).eval(), torch.randn(2, 3, 6, 6)
+    before = layer(x)
+    layer.fold()
+    assert torch.allclose(layer(x), before, atol=1e-6)
+    assert "u" not in layer.state_dict()

@@ -210,9 +210,11 @@ def test_all_penalties_on_D_done_again_by_hand():
     (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
     loss = loss + 0.5 * 2 * 0.5 * slope.square().sum((1, 2, 3)).mean()  # gamma, every, half
     loss = loss + 0.3 * ((real + 0.4).square().mean() + (fake - 0.7).square().mean())
-    moved = logits(flip_and_shift(x, reals.noise), reals.labels)
+    moved = diff_augment(x, reals.noise, policy)
+    moved = logits(flip_and_shift(moved, reals.noise), reals.labels)
     loss = loss + 2 * (real - moved).square().mean()
-    moved = logits(flip_and_shift(generated, fakes.noise), fakes.labels)
+    moved = diff_augment(generated, fakes.noise, policy)
+    moved = logits(flip_and_shift(moved, fakes.noise), fakes.labels)
     loss = loss + 3 * (fake - moved).square().mean()
     for p, q in zip(D.parameters(), state.D.parameters(), strict=True):
         (expected,) = torch.autograd.grad(loss, p, retain_graph=True)
@@ -349,6 +351,9 @@ def test_half_precision_in_one_network_alone():
         ({"speed__precision_g": "tf32"}, "tf32 is a switch of the whole process; set both"),
         ({"speed__reuse_fakes": True, "optim__accumulation": 2}, "switch one of them off"),
         ({"loss__r1": 1.0, "speed__compile": "default"}, "loss.r1 1.0 differentiates twice"),
+        ({"loss__r1": 1.0, "speed__precision_d": "float16"}, "too small for"),
+        ({"speed__reuse_fakes": True, "speed__auto_accumulate": True}, "may have to split"),
+        ({"speed__compile": "reduce-overhead", "optim__accumulation": 2}, "CUDA graphs"),
         ({"model__shared": False}, "hierarchical = False"),
         ({"model__architecture": "biggan-deep"}, "biggan-deep needs 4 or more"),
     ],

@@ -133,9 +133,9 @@ def restore(folder: Folder, state: TrainState) -> Standing:
         optimizer.load_state_dict({"state": content[name]["state"], "param_groups": groups})
     for name in ("scaler_G", "scaler_D"):
         scaler: torch.amp.GradScaler = getattr(state, name)
-        if content[name]:  # An idle one has no state.
+        if content.get(name):  # An idle one has no state, nor had checkpoints of earlier versions.
             scaler.load_state_dict(content[name])
-    for name, value in content["running"].items():
+    for name, value in content.get("running", {}).items():
         state.running[name].copy_(value)
     state.step, state.images_seen = info.step, info.images_seen
     return info.standing

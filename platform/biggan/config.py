@@ -13,10 +13,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from biggan.errors import UserError
 
@@ -173,6 +180,10 @@ class AugmentConfig(Section):
     """Thousand images in which ada's probability can go from 0 to 1."""
 
 
+def _yaml_off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 takes a bare off for a boolean.
+
+
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
@@ -186,7 +197,9 @@ class SpeedConfig(Section):
     """What D's products are computed in; tf32 needs tf32 for both."""
     channels_last: bool = True
     """Keep feature maps in NHWC order, which convolutions prefer."""
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    compile: Annotated[
+        Literal["off", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_yaml_off)
+    ] = "off"
     """torch.compile's mode for G and D; reduce-overhead uses CUDA graphs."""
     fused_optimizer: bool = True
     """Adam in one kernel for all weights."""
@@ -279,7 +292,7 @@ class RunConfig(Section):
     """Augmentation of all that D sees."""
     speed: SpeedConfig = SpeedConfig()
     """Precision, memory layout, compilation."""
-    guard: Literal["stop", "rollback", "off"] = "stop"
+    guard: Annotated[Literal["stop", "rollback", "off"], BeforeValidator(_yaml_off)] = "stop"
     """What a collapse leads to: the end of the run, a return to the last good checkpoint with
     smaller learning rates, or nothing."""
     collapse: CollapseConfig = CollapseConfig()
@@ -305,6 +318,23 @@ class RunConfig(Section):
             raise ValueError(
                 f"speed.reuse_fakes keeps the fakes of a whole batch, which optim.accumulation"
                 f" {self.optim.accumulation} is to avoid: switch one of them off"
+            )
+        graphs = self.speed.compile in ("reduce-overhead", "max-autotune")
+        if graphs and (self.speed.reuse_fakes or self.optim.accumulation > 1):
+            raise ValueError(
+                f"speed.compile {self.speed.compile!r} keeps each step in CUDA graphs, whose memory"
+                " speed.reuse_fakes and optim.accumulation would need for longer: set"
+                " speed.compile to default"
+            )
+        if self.speed.reuse_fakes and self.speed.auto_accumulate:
+            raise ValueError(
+                "speed.reuse_fakes keeps the fakes of a whole batch, which speed.auto_accumulate"
+                " may have to split: switch one of them off"
+            )
+        if self.loss.r1 and self.speed.precision_d == "float16":
+            raise ValueError(
+                f"loss.r1 {self.loss.r1} takes gradients that are too small for"
+                " speed.precision_d 'float16': set it to bfloat16 or float32"
             )
         if self.loss.r1 and self.speed.compile != "off":
             raise ValueError(

@@ -149,6 +149,14 @@ def export_weights(model: str, output: str, root: str | None = None) -> dict[str
     return said
 
 
+def _config_beside(weights: Folder) -> Folder:
+    """The config of a file of pytorch-pretrained-BigGAN, by either name that it goes by."""
+    stem = weights.name.removesuffix("pytorch_model.bin")  # biggan-deep-128-, as downloaded.
+    named = f"{stem}config.json"
+    found = stem != weights.name and weights.parent.exists(named)
+    return weights.parent / (named if found else "config.json")
+
+
 def _read_networks(
     files: WeightFiles, origin: dict[str, str]
 ) -> tuple[Generator, Discriminator | None]:
@@ -157,7 +165,7 @@ def _read_networks(
     state = read_state(_read(weights, "weights", origin), str(weights))
     D = None
     if files.format == "biggan-deep-hf":
-        place = Folder(absolute(files.config)) if files.config else weights.parent / "config.json"
+        place = Folder(absolute(files.config)) if files.config else _config_beside(weights)
         config = _read_json(_read(place, "config", origin), place)
         with _of_file(weights):
             G = read_deep_hf(state, config)

@@ -120,7 +120,9 @@ class Guard:
             )
         judged = readings[-1:] if caution else readings
         accuracy = min(min(r.accuracy_real, r.accuracy_fake) for r in judged)
-        if accuracy >= limits.d_accuracy and (caution or len(readings) >= READINGS):
+        # Where a window is a few steps long, it holds fewer readings.
+        whole = now.kimg - readings[0].kimg >= 0.8 * self.window_kimg
+        if accuracy >= limits.d_accuracy and (caution or whole):
             return (
                 f"D told real from fake in {accuracy:.2%} of all cases or more for"
                 f" {self.window_kimg:g} kimg (collapse.d_accuracy {limits.d_accuracy:g})"

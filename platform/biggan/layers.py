@@ -212,7 +212,8 @@ class _BatchNormAffine(torch.autograd.Function):
             mean, var = first.to(mean.dtype), (second - first.square()).to(mean.dtype)
         invstd = torch.rsqrt(var + eps)
         scale = gain * invstd
-        y = _scale_and_shift(x, scale, bias - mean * scale, relu)
+        y = _affine(x, scale, bias - mean * scale)
+        y = y.relu_() if relu else y
         ctx.relu = relu
         ctx.save_for_backward(x, y if relu else None, gain, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
@@ -224,7 +225,7 @@ class _BatchNormAffine(torch.autograd.Function):
         grad = torch.ops.aten.threshold_backward(grads[0], y, 0) if ctx.relu else grads[0]
         # Sums over positions, [N, C]; over x hat = (x - mean) * invstd for the gain's.
         grad_bias = grad.sum((2, 3), dtype=gain.dtype)
-        along = (grad * x).sum((2, 3), dtype=gain.dtype)
+        along = (grad.to(gain.dtype) * x).sum((2, 3))
         grad_gain = invstd * (along - mean * grad_bias)
         # Means over the batches of all ranks of the normalized map's gradient, and along x hat.
         means = torch.stack([(gain * grad_bias).sum(0), (gain * grad_gain).sum(0)])
@@ -234,8 +235,8 @@ class _BatchNormAffine(torch.autograd.Function):
             means = means / _world_size()
         slope = -invstd.square() * means[1]
         offset = -invstd * means[0] - slope * mean
-        grad_x = torch.addcmul(_wide(offset, x), x, _wide(slope, x))
-        grad_x.addcmul_(grad, _wide(gain * invstd, x))
+        grad_x = _affine(x, slope, offset)
+        grad_x.addcmul_(grad, _wide(gain * invstd))
         return (
             grad_x,
             grad_gain.sum_to_size(gain.shape),
@@ -246,24 +247,27 @@ class _BatchNormAffine(torch.autograd.Function):
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over images and positions: float32 (or float64) `[C]`."""
-    if torch.compiler.is_compiling():  # Whatever it fuses beats a kernel of its own.
-        var, mean = torch.var_mean(
-            x if x.dtype == torch.double else x.float(), (0, 2, 3), correction=0
-        )
+    half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    # What a compiler fuses beats a kernel of its own; and that kernel's moments are half on a CPU.
+    if torch.compiler.is_compiling() or half_on_cpu:
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(full, (0, 2, 3), correction=0)
         return mean, var
-    # The kernel of SyncBatchNorm on a GPU; on a CPU several times quicker than var_mean.
+    # One fused reduction; on a CPU several times quicker than var_mean.
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     return mean, var
 
 
-def _wide(v: Tensor, x: Tensor) -> Tensor:
-    """`[C]` or `[N, C]` against `[N, C, H, W]`, in the precision of `x`."""
-    return v.to(x.dtype)[..., None, None]
+def _wide(v: Tensor) -> Tensor:
+    """`[C]` or `[N, C]` against `[N, C, H, W]`."""
+    return v[..., None, None]
 
 
-def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
-    y = torch.addcmul(_wide(shift, x), x, _wide(scale, x))
-    return y.relu_() if relu else y
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift `x` in the precision of `scale`, rounded once to that of `x`."""
+    if x.dtype == scale.dtype or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.addcmul(_wide(shift), x, _wide(scale)).to(x.dtype)
+    return torch.addcmul(_wide(shift), x, _wide(scale), out=torch.empty_like(x))
 
 
 class CrossReplicaBatchNorm2d(nn.Module):
@@ -323,7 +327,8 @@ class CrossReplicaBatchNorm2d(nn.Module):
             mean = mix @ torch.cat([self.table_mean, mean[None]])
             var = mix @ torch.cat([self.table_var, var[None]])
         scale = gain * torch.rsqrt(var + self.eps)
-        return _scale_and_shift(x, scale, bias - mean * scale, relu)
+        y = _affine(x, scale, bias - mean * scale)
+        return y.relu_() if relu else y
 
     @torch.no_grad()
     def _move(self, mean: Tensor, var: Tensor) -> None:
@@ -417,7 +422,10 @@ class ConditionalBatchNorm2d(nn.Module):
         self, x: Tensor, condition: Tensor, mix: Tensor | None = None, relu: bool = False
     ) -> Tensor:
         """Normalize `x` `[N, C, H, W]` under `condition` `[N, cond_dim]`, then ReLU if asked."""
-        normalized: Tensor = self.norm(x, 1 + self.gain(condition), self.bias(condition), mix, relu)
+        gain, bias = self.gain(condition), self.bias(condition)
+        # In half precision gains near 1 would come in steps of 1/128.
+        gain = 1 + gain.to(torch.promote_types(gain.dtype, torch.float32))
+        normalized: Tensor = self.norm(x, gain, bias, mix, relu)
         return normalized
 
 
@@ -478,5 +486,8 @@ class SelfAttention(nn.Module):
         query = self.theta(x).flatten(2).mT  # [N, HW, C/8]
         key = F.max_pool2d(self.phi(x), 2).flatten(2).mT  # [N, HW/4, C/8]
         value = F.max_pool2d(self.g(x), 2).flatten(2).mT  # [N, HW/4, C/2]
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return torch.addcmul(x, self.gamma, self.o(attended.mT.unflatten(2, x.shape[2:])))
+        # The kernels that never hold all logits want heads: one.
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+        seen = self.o(attended.mT.unflatten(2, x.shape[2:]))
+        return torch.addcmul(x, self.gamma.to(x.dtype), seen.to(x.dtype))

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import nn
 
 from biggan import checkpoint
-from biggan.checkpoint import Rollback, Standing, is_undamaged
+from biggan.checkpoint import CheckpointInfo, Rollback, Standing
 from biggan.config import RunConfig
 from biggan.data.batches import Batches
 from biggan.data.dataset import Dataset, Progress
-from biggan.guard import Guard, Reading
+from biggan.guard import Guard
 from biggan.journal import Journal
 from biggan.memory import (
     DoesNotFitError,
@@ -40,7 +40,13 @@ from biggan.metrics.fid import FID, Evaluator
 from biggan.networks import Generator
 from biggan.parallel import Workers
 from biggan.pixels import sheet
-from biggan.runs import checkpoints, latest_checkpoint
+from biggan.runs import (
+    checkpoints,
+    good_checkpoint,
+    latest_checkpoint,
+    read_rollbacks,
+    remember_rollbacks,
+)
 from biggan.storage import Folder
 from biggan.training import TrainStep, build
 
@@ -111,6 +117,10 @@ class CollapsedError(StopError):
     kind = "collapsed"
 
 
+class StepOutOfMemoryError(MemoryError):
+    """A training step found no room."""
+
+
 class TrainingLoop:
     """One run on this worker, from its start or a checkpoint to its end."""
 
@@ -154,8 +164,8 @@ class TrainingLoop:
         self.state = build(self.config, **self.dataset.info.shape, device=self.workers.device)
         standing = checkpoint.restore(resume_from, self.state) if resume_from else Standing()
         # A run that was rolled back knows more of its past than the checkpoint it is back at.
-        if len(self.standing.rollbacks) > len(standing.rollbacks):
-            standing.rollbacks = self.standing.rollbacks
+        pasts = (standing.rollbacks, self.standing.rollbacks, read_rollbacks(self.run_folder))
+        standing.rollbacks = max(pasts, key=len)
         self.standing = standing
         factor = self.config.collapse.lr_factor ** len(standing.rollbacks)
         for optimizer in (self.state.optim_G, self.state.optim_D):
@@ -179,41 +189,36 @@ class TrainingLoop:
             self.report(self._metrics(WORST_FID, reason), None)
         while not (reason := self._reason_to_stop()):
             memory_error = None
+            begin = time.monotonic()
             try:
-                self._advance()
+                measured = self._step()
+                self._follow_up(measured, time.monotonic() - begin)
             except StopError as error:
                 if not self._roll_back(str(error)):
                     reason = f"{error.kind}: {error}"
                     self.report(self._metrics(WORST_FID, reason), None)
                     break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                memory_error = str(error).splitlines()[0]
+            except StepOutOfMemoryError as error:
+                memory_error = str(error)
             if memory_error:  # Outside the clause, which holds on to the tensors of the step.
                 self._accumulate_more(memory_error)
         if self.journal:
             self.journal.close(self.state.step, reason, self.standing)
         return reason
 
-    def _advance(self) -> None:
-        """One step, and what is due after it."""
-        begin = time.monotonic()
-        measured = self._step()
-        seconds = time.monotonic() - begin
-        signals = self._look() if self._due(self.guard.every_kimg) else None
+    def _follow_up(self, measured: dict[str, float], seconds: float) -> None:
+        """What is due after a step."""
+        signals, collapse = None, ""
+        if self._due(self.guard.every_kimg):
+            collapse = self.guard.read(self.state, self.standing.guard)
+            signals = self.standing.guard.readings[-1]
         fid = self._evaluate() if self._due(self.config.eval.every_kimg) else None
         if self.journal:
             self.journal.step(self.state.step, measured, seconds, fid, self.standing, signals)
+        if collapse and self.config.guard != "off":
+            raise CollapsedError(f"{collapse}, at {self.state.kimg:g} kimg")
         if fid or self._due(self.config.checkpoint.every_kimg):
             self._checkpoint(fid)
-
-    def _look(self) -> Reading:
-        """The guard's reading; raises `CollapsedError` if a signal fires."""
-        signal = self.guard.read(self.state, self.standing.guard)
-        if signal and self.config.guard != "off":
-            raise CollapsedError(f"{signal}, at {self.state.kimg:g} kimg")
-        return self.standing.guard.readings[-1]
 
     def _roll_back(self, signal: str) -> bool:
         """Go back to the last good checkpoint, if that is wanted and not done too often."""
@@ -221,15 +226,16 @@ class TrainingLoop:
         if config.guard != "rollback" or len(rollbacks) >= config.collapse.max_rollbacks:
             return False
         from_step = self.state.step
-        target = self.workers.agree(good_checkpoint(self.run_folder, from_step))
+        name = self.workers.agree(good_checkpoint(self.run_folder, from_step))
+        target = self.run_folder / name if name else None
+        to_step = CheckpointInfo.read(target).step if target else 0
+        back = Rollback(from_step=from_step, to_step=to_step, signal=signal)
         if self.journal:
             self.journal.leave()
-        self._begin(self.run_folder / target if target else None)
-        back = Rollback(from_step=from_step, to_step=self.state.step, signal=signal)
+            # An interruption from here on must not lead back to what is left behind.
+            remember_rollbacks(self.run_folder, [*rollbacks, back])
         self.standing.rollbacks = [*rollbacks, back]
-        for optimizer in (self.state.optim_G, self.state.optim_D):
-            for group in optimizer.param_groups:
-                group["lr"] *= config.collapse.lr_factor
+        self._begin(target)
         if self.say and self.workers.is_main:
             factor = config.collapse.lr_factor ** len(self.standing.rollbacks)
             from_kimg = from_step * config.step_images / 1000
@@ -242,6 +248,11 @@ class TrainingLoop:
 
     def _accumulate_more(self, error: str) -> None:
         """Find a micro-batch that fits, and go on with it or say so."""
+        if self.config.speed.reuse_fakes:
+            raise DoesNotFitError(
+                f"a step does not fit in memory ({error}): switch speed.reuse_fakes off, which"
+                " keeps the fakes of a whole batch"
+            )
         smaller = smaller_accumulations(self.config, self.workers.size)
         parts = self.config.optim.accumulation * self.workers.size
         was = self.config.optim.batch_size // parts
@@ -284,10 +295,8 @@ class TrainingLoop:
         fits = True
         try:
             self._begin(None)
-            self.train_step(self.batches.inputs(0))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+            self._step()
+        except StepOutOfMemoryError:
             fits = False
         self.config = config
         return fits
@@ -303,7 +312,12 @@ class TrainingLoop:
         return crossed or now >= self.config.total_kimg
 
     def _step(self) -> dict[str, float]:
-        local = self.train_step(self.batches.inputs(self.state.step))
+        try:
+            local = self.train_step(self.batches.inputs(self.state.step))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise StepOutOfMemoryError(str(error).splitlines()[0]) from None
+            raise
         means = self.workers.sum(torch.stack(list(local.values()))) / self.workers.size
         losses = dict(zip(local, means.tolist(), strict=True))
         self.guard.count(self.standing.guard, losses)
@@ -319,7 +333,7 @@ class TrainingLoop:
             self.state.G_ema,
             self.workers,
             num_samples=self.config.eval.num_samples,
-            batch_size=self.config.eval.batch_size,
+            batch_size=min(self.config.eval.batch_size, self.state.G.sample_batch),
         )
         standing = self.standing
         standing.fid = fid.value
@@ -365,16 +379,6 @@ class TrainingLoop:
             "seconds": standing.seconds,
             "stop_reason": stop_reason,
         }
-
-
-def good_checkpoint(run: Folder, before_step: int) -> str:
-    """Name of a run's newest checkpoint that was far from collapse and is undamaged; else empty."""
-    saved = checkpoints(run)
-    for name in reversed(saved):
-        calm = saved[name].standing.guard.calm and saved[name].step < before_step
-        if calm and is_undamaged(run / name):
-            return name
-    return ""
 
 
 def non_finite_weight(network: nn.Module) -> str | None:

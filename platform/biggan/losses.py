@@ -31,9 +31,13 @@ class AdversarialLoss:
         """G's loss, a scalar."""
         return self.g_fake(fake).mean()
 
+    def middle(self, real: Tensor, fake: Tensor) -> Tensor | float:
+        """The logit at which D is undecided: `boundary`, or half-way between the means."""
+        return (real.mean() + fake.mean()) / 2 if self.boundary is None else self.boundary
+
     def accuracies(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """Which part of the real and of the fake images D takes for what they are: scalars."""
-        middle = (real.mean() + fake.mean()) / 2 if self.boundary is None else self.boundary
+        middle = self.middle(real, fake)
         return (real > middle).float().mean(), (fake < middle).float().mean()
 
 

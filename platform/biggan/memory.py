@@ -22,7 +22,13 @@ class DoesNotFitError(UserError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a GPU or off it."""
     # The third is oneDNN's, when there is no room for its code or scratch memory.
-    said = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
+    said = (
+        "can't allocate memory",
+        "out of memory",
+        "could not create a primitive",
+        "bad_alloc",
+        "ALLOC_FAILED",
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in said)
     )

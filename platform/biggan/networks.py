@@ -9,7 +9,7 @@ the same widths, with the blocks of `biggan.networks_deep`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -395,9 +395,10 @@ class Discriminator(nn.Module):
                     h = attention[str(k)](h)
         # Sums over many positions: half precision would lose what tells images apart.
         features = F.relu(h).sum((2, 3), dtype=torch.promote_types(h.dtype, torch.float32))
-        realness: Tensor = self.linear(features).squeeze(1)
-        projection: Tensor = (self.embed(class_ids) * features).sum(1)
-        return realness + projection
+        with torch.autocast(h.device.type, enabled=False):
+            realness: Tensor = self.linear(features).squeeze(1)
+            projection: Tensor = (self.embed(class_ids) * features).sum(1)
+            return realness + projection
 
 
 def _g_blocks(widths: list[int], cond_dim: int, config: ModelConfig) -> list[nn.Module]:
@@ -433,16 +434,19 @@ def _d_blocks(
     ]
 
 
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), Recomputation()
+
+
 def _run(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
     """A block's output; with `recompute`, all inside is made anew in the backward pass."""
     if not (recompute and torch.is_grad_enabled()):
         out: Tensor = block(*inputs)
         return out
-    again: Tensor = checkpoint(
-        block,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), Recomputation()),
-    )
+    again: Tensor
+    settings = {"use_reentrant": False, "preserve_rng_state": False}
+    if torch.compiler.is_compiling():  # Which by itself moves moments once.
+        again = checkpoint(block, *inputs, **settings)
+    else:
+        again = checkpoint(block, *inputs, context_fn=_contexts, **settings)
     return again

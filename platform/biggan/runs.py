@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, is_undamaged
+from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, Rollback, is_undamaged
 from biggan.config import CollapseConfig, ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.storage import Folder, StorageError
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "config.json"
 METRICS = "metrics.jsonl"
+ROLLBACKS = "rollbacks.json"
 SIGNALS = "signals.jsonl"
 """The guard's readings: singular values of every layer, D's accuracies, variance within classes."""
 
@@ -101,7 +102,7 @@ def open_run(folder: Folder, config: RunConfig, dataset: DatasetInfo) -> RunConf
         for field in now
         if was[field] != now[field] and field not in ADJUSTABLE
     ]
-    if changed:
+    if changed and checkpoints(folder):  # Where nothing was saved yet, nothing is mixed up.
         raise ConfigError(
             f"run {folder.name} exists with another configuration ({'; '.join(changed)}):"
             " use another --name, or repeat the command it was begun with to resume it"
@@ -128,9 +129,41 @@ def checkpoints(folder: Folder) -> dict[str, CheckpointInfo]:
     return {name: whole[name] for name in sorted(whole, key=lambda name: (whole[name].step, name))}
 
 
+def remember_rollbacks(folder: Folder, rollbacks: list[Rollback]) -> None:
+    """Note a run's returns to earlier checkpoints, before the next checkpoint does."""
+    folder.write_json(ROLLBACKS, [back.model_dump() for back in rollbacks])
+
+
+def read_rollbacks(folder: Folder) -> list[Rollback]:
+    """A run's returns to earlier checkpoints, oldest first."""
+    if not folder.exists(ROLLBACKS):
+        return []
+    return [Rollback.model_validate(row) for row in folder.read_json(ROLLBACKS)]
+
+
+def _on_course(folder: Folder) -> dict[str, CheckpointInfo]:
+    """A run's whole checkpoints, without those that a rollback has left behind."""
+    rollbacks = read_rollbacks(folder)
+    return {
+        name: info
+        for name, info in checkpoints(folder).items()
+        if all(info.step <= back.to_step for back in rollbacks[len(info.standing.rollbacks) :])
+    }
+
+
+def good_checkpoint(folder: Folder, before_step: int) -> str:
+    """Name of a run's newest checkpoint that was far from collapse and is undamaged; else empty."""
+    saved = _on_course(folder)
+    for name in reversed(saved):
+        calm = saved[name].standing.guard.calm and saved[name].step < before_step
+        if calm and is_undamaged(folder / name):
+            return name
+    return ""
+
+
 def latest_checkpoint(folder: Folder) -> Folder | None:
     """A run's newest undamaged checkpoint, to resume from; None if there is none."""
-    for name in reversed(checkpoints(folder)):
+    for name in reversed(_on_course(folder)):
         if is_undamaged(folder / name):
             return folder / name
         logger.warning("%s is damaged; resuming from the checkpoint before", folder / name)

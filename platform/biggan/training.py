@@ -140,13 +140,14 @@ class TrainStep:
         self.config = config
         self.state = state
         self.workers = workers
+        self.device = state.G.linear.weight.device
         self.loss = LOSSES[config.loss.name]
         speed = config.speed
         for network in (state.G, state.D):
             network.recompute = speed.recompute
             if speed.compile != "off":
                 network.compile(mode=speed.compile)
-        tf32 = speed.precision_g == "tf32"
+        tf32 = "tf32" in (speed.precision_g, speed.precision_d)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
         # The updates run through these; all else uses the bare networks, since a wrapped network
@@ -164,6 +165,8 @@ class TrainStep:
         state.G.train()
         state.D.train()
         reuse = self.config.speed.reuse_fakes
+        if self.config.speed.compile in ("reduce-overhead", "max-autotune"):
+            torch.compiler.cudagraph_mark_step_begin()
         with shared_power_iteration(state.G):
             for k, micro_batches in enumerate(inputs.d):
                 lend = reuse and k == len(inputs.d) - 1
@@ -211,10 +214,10 @@ class TrainStep:
         seen = [self._augment(images, reals.noise), self._augment(generated, fakes.noise)]
         labels = [reals.labels, fakes.labels]
         if config.consistency:
-            seen.append(flip_and_shift(images, _given(reals.noise)))
+            seen.append(flip_and_shift(seen[0], _given(reals.noise)))
             labels.append(reals.labels)
         if config.consistency_fake:
-            seen.append(flip_and_shift(generated, _given(fakes.noise)))
+            seen.append(flip_and_shift(seen[1], _given(fakes.noise)))
             labels.append(fakes.labels)
         # Attention's fused kernels can be differentiated once only.
         with self._autocast("D"), _plain_attention() if penalize_slope else nullcontext():
@@ -237,7 +240,7 @@ class TrainStep:
             "D_fake": fake.mean(),
             "accuracy_real": accuracy_real,
             "accuracy_fake": accuracy_fake,
-            "sign_real": real.detach().sign().mean(),
+            "sign_real": (real - self.loss.middle(real, fake)).detach().sign().mean(),
         }
 
     def _update_G(self, items: list[Fakes], lent: list[tuple[Fakes, Tensor]]) -> Tensor:
@@ -294,7 +297,7 @@ class TrainStep:
         name = speed.precision_g if network == "G" else speed.precision_d
         half = name in ("bfloat16", "float16")
         dtype = getattr(torch, name) if half else None
-        return torch.autocast(self.workers.device.type, dtype=dtype, enabled=half)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=half)
 
     def _step(
         self,
