@@ -444,9 +444,10 @@ def _run(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
         out: Tensor = block(*inputs)
         return out
     again: Tensor
-    settings = {"use_reentrant": False, "preserve_rng_state": False}
-    if torch.compiler.is_compiling():  # Which by itself moves moments once.
-        again = checkpoint(block, *inputs, **settings)
+    if torch.compiler.is_compiling():  # It knows no contexts, and by itself moves moments once.
+        again = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     else:
-        again = checkpoint(block, *inputs, context_fn=_contexts, **settings)
+        again = checkpoint(
+            block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+        )
     return again
