@@ -27,11 +27,15 @@ from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
 from biggan.data.dataset import Dataset, DatasetInfo
 from biggan.loop import Report, TrainingLoop, print_line, reason_to_stop
+from biggan.memory import DoesNotFitError
 from biggan.metrics.extractors import check_extractor
 from biggan.networks import check_model
 from biggan.parallel import Workers
 from biggan.runs import best_checkpoint, checkpoints, latest_checkpoint, open_run, read_metrics
 from biggan.storage import Folder, locate
+
+DOES_NOT_FIT = "does not fit: "
+"""Begins what a worker returns whose micro-batch found no room: trying it again is of no use."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,9 @@ def train(
     """Train a BigGAN as run `name`, or resume the run of that name where it left off.
 
     Raises `ConfigError` if the configuration does not fit the dataset, the workers or the run that
-    is there; `StorageError` if there is no such dataset; and what Ray Train raises when workers
-    fail more than `scaling.max_failures` times.
+    is there; `StorageError` if there is no such dataset; `DoesNotFitError` if a micro-batch does
+    not fit in memory; and what Ray Train raises when workers fail more than `scaling.max_failures`
+    times.
     """
     scaling = scaling or Scaling()
     dataset = locate("datasets", config.dataset, root)
@@ -124,7 +129,10 @@ def train(
         run_config=ray_run_config(config, run, max_failures=scaling.max_failures),
     )
     result = trainer.fit()
-    return RunResult(run, stop_reason=str(result.return_value))  # type: ignore[attr-defined]
+    reason = str(result.return_value)  # type: ignore[attr-defined]
+    if reason.startswith(DOES_NOT_FIT):
+        raise DoesNotFitError(reason.removeprefix(DOES_NOT_FIT))
+    return RunResult(run, stop_reason=reason)
 
 
 def _already_over(config: RunConfig, run: Folder) -> str:
@@ -188,7 +196,12 @@ def train_worker(spec: dict[str, Any]) -> str:
         resume_from=latest_checkpoint(run),
         say=None if spec["quiet"] else print_line,
     )
-    return loop.run()
+    try:
+        return loop.run()
+    except DoesNotFitError as error:
+        if loop.workers.size > 1:  # The others wait for this one: only a restart frees them.
+            raise
+        return DOES_NOT_FIT + str(error)
 
 
 def _share_of_cores() -> int:
