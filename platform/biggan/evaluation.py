@@ -26,7 +26,7 @@ STANDING_IMAGES = 16_384
 """Images that standing statistics are collected over."""
 TRUNCATIONS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Truncations that a promoted model has standing statistics of their own for."""
-TABLE_IMAGES = 4_096
+TABLE_IMAGES = 2_048
 """Images that those of one truncation are collected over."""
 
 
