@@ -31,7 +31,7 @@ def reading(kimg, sigma=1.0, accuracy=0.7, variance=1.0):
 
 
 def signal(digits, readings):
-    guard = Guard(tiny(collapse__window_kimg=1.0), digits, ALONE)
+    guard = Guard(tiny(collapse__window_kimg=1.0, collapse__sigma_growth=3.0), digits, ALONE)
     return guard._signal(readings)
 
 
@@ -105,13 +105,17 @@ COLLAPSING = {
     "eval__every_kimg": 1.0,
     "collapse__window_kimg": 0.32,
 }
+SOON = {"collapse__sigma_growth": 3.0}
 
 
 @pytest.mark.parametrize(
     "deaf_to,said",
     [
         ({"collapse__sigma_growth": 1e6}, "images of a class vary 0.0"),
-        ({"collapse__class_variance": 0.0}, "the largest singular value of D.blocks.1.conv2 grew"),
+        (
+            {"collapse__class_variance": 0.0, **SOON},
+            "the largest singular value of D.blocks.1.conv2 grew",
+        ),
     ],
 )
 def test_a_run_that_collapses_is_stopped_and_says_why(digits, tmp_path, deaf_to, said):
@@ -131,7 +135,7 @@ def test_a_run_that_collapses_is_left_alone_if_wanted(digits, tmp_path):
 
 def test_a_run_that_collapses_goes_back_and_on_with_smaller_learning_rates(digits, tmp_path):
     run = Folder(str(tmp_path / "rollback"))
-    config = tiny(**COLLAPSING, guard="rollback", collapse__lr_factor=1e-3)
+    config = tiny(**COLLAPSING, **SOON, guard="rollback", collapse__lr_factor=1e-3)
     said = []
     assert train_here(config, run, digits, say=said.append) == "finished"
     (line,) = [line for line in said if "rolled back" in line]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import biggan
 from biggan.checkpoint import STATE, Standing
 from biggan.config import ConfigError
-from biggan.loop import WORST_FID, TrainingLoop, non_finite_weight
+from biggan.loop import WORST_FID, TrainingLoop, crosses, non_finite_weight
 from biggan.parallel import CPU, Workers
 from biggan.runs import (
     SIGNALS,
@@ -260,3 +261,10 @@ def test_a_checkpoint_holds_all_that_the_next_step_depends_on(tiny_run):
 def test_metrics_are_json_lines(tiny_run):
     for line in tiny_run.read_bytes("metrics.jsonl").splitlines():
         json.loads(line, parse_constant=pytest.fail)  # No NaN, no infinity.
+
+
+def test_what_is_due_is_done_once():
+    """3.2 kimg and steps of 0.032 are not exact in binary."""
+    steps = [step for step in range(1, 2189) if crosses(3.2, step * 32, 32)]
+    assert len(steps) == 21  # 70.016 kimg / 3.2
+    assert all(b - a in (99, 100, 101) for a, b in pairwise(steps))

@@ -226,8 +226,9 @@ class SpeedConfig(Section):
 class CollapseConfig(Section):
     """What counts as a collapse (section 4 of the paper); looked for ten times a window."""
 
-    sigma_growth: float = Field(3.0, gt=1)
-    """A layer's largest singular value has grown this many times over within `window_kimg`."""
+    sigma_growth: float = Field(6.0, gt=1)
+    """A layer's largest singular value has grown this many times over within `window_kimg`; 2.5 in
+    the healthy first 35 kimg of the digits."""
     d_accuracy: float = Field(0.995, gt=0.5, le=1)
     """D has told real from fake at this rate, both, over the whole of `window_kimg`."""
     class_variance: float = Field(0.02, ge=0)

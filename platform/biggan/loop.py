@@ -99,6 +99,15 @@ def reason_to_stop(config: RunConfig, images_seen: int, standing: Standing) -> s
     return "finished" if images_seen >= config.total_kimg * 1000 else ""
 
 
+def crosses(every_kimg: float, images_seen: int, step_images: int) -> bool:
+    """Whether a step that ended at `images_seen` crossed a multiple of `every_kimg`.
+
+    Both ends are divided alike, so that rounding neither skips a multiple nor shows it twice.
+    """
+    before, now = (images_seen - step_images) / 1000, images_seen / 1000
+    return math.floor(now / every_kimg) > math.floor(before / every_kimg)
+
+
 class StopError(RuntimeError):
     """Training cannot go on as it is; `kind` and message make the reason why a run ended."""
 
@@ -306,10 +315,8 @@ class TrainingLoop:
 
     def _due(self, every_kimg: float) -> bool:
         """Whether the last step crossed a multiple of `every_kimg`, or was the last of the run."""
-        now = self.state.kimg
-        before = now - self.config.step_images / 1000
-        crossed = math.floor(now / every_kimg) > math.floor(before / every_kimg)
-        return crossed or now >= self.config.total_kimg
+        crossed = crosses(every_kimg, self.state.images_seen, self.config.step_images)
+        return crossed or self.state.kimg >= self.config.total_kimg
 
     def _step(self) -> dict[str, float]:
         try:
