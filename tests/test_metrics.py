@@ -127,7 +127,7 @@ def test_other_moments_are_another_protocol(digits, tiny_model):
     assert measure(with_tables, digits, **at) == measure(without, digits, **at)
     theirs, ours = (measure(G, digits, **at, truncation=0.6) for G in (without, with_tables))
     assert theirs.protocol["tables"] is None
-    assert ours.protocol["tables"]["images"] == 4096
+    assert ours.protocol["tables"]["images"] == 2048
     assert theirs.protocol | {"tables": ours.protocol["tables"]} == ours.protocol
     assert theirs.value != pytest.approx(ours.value, rel=1e-3)
     assert json.loads(json.dumps(ours.protocol)) == ours.protocol  # As a card gives it back.

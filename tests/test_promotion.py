@@ -43,7 +43,7 @@ def test_a_version_is_what_the_store_promises(tiny_model):
     assert folder.read_json("config.json")["tables"] == {
         "truncations": [0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0],
         "convention": "threshold",
-        "images": 4096,
+        "images": 2048,
     }
     assert card.hyperparameters == tiny()
     assert Image.open(f"{folder.path}/samples.png").size[0] > 160
