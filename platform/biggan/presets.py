@@ -15,7 +15,7 @@ from biggan.errors import UserError
 def digits() -> RunConfig:
     """scikit-learn's digits: 1,797 scans in ten classes, at 16 pixels in grey.
 
-    Hardware: 2 CPU cores. Cost: about 3 minutes. Reached: FID 3.5 (classifier features, 2,000
+    Hardware: 2 CPU cores. Cost: about 3 minutes. Reached: FID 3.5 to 5 (classifier features, 2,000
     samples; `benchmarks/README.md`).
     """
     return laptop().override(
