@@ -2,9 +2,9 @@
 
 A checkpoint is a folder with `state.pt` (G, D, G_ema, both optimizers, and what gradient scaling
 and regularizers remember) and `checkpoint.json` (step, FID, the size and SHA-256 of `state.pt`),
-which is written last. There are no generator states to save: every random draw is a function of the seed and the step
-(`biggan.latents`), so seed and step are the random state, of every rank, and the position of the
-sampler.
+which is written last. There are no generator states to save: every random draw is a function of the
+seed and the step (`biggan.latents`), so seed and step are the random state, of every rank, and the
+position of the sampler.
 """
 
 from __future__ import annotations
