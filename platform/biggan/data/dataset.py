@@ -47,6 +47,15 @@ class DatasetInfo(BaseModel):
     """Images of each class."""
     fingerprint: str
     """SHA-256 over classes, shape and every image's pixels and label, in no particular order."""
+    held_out: list[int] = []
+    """Images of each class set aside for reference statistics, in `held_out-*.parquet`; empty if
+    none are."""
+    held_out_fingerprint: str = ""
+    """The fingerprint of those alone; `fingerprint` is of the images to train on."""
+    duplicates: int = 0
+    """Images whose pixels equal those of another, beyond the first of each."""
+    sizes: dict[str, list[int]] = {}
+    """`width` and `height` of the images as they came: smallest, median, largest."""
     source: dict[str, Any]
     """Where the images came from and how they were brought to size."""
     rejected: list[Rejected]

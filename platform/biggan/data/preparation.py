@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
 from biggan.config import RESOLUTIONS
@@ -35,7 +35,7 @@ from biggan.data.dataset import (
     part_files,
 )
 from biggan.data.images import Fit, standardize
-from biggan.data.sources import Item, Source, open_source
+from biggan.data.sources import Source, open_source
 from biggan.errors import UserError
 from biggan.latents import Stream, rng
 from biggan.metrics.extractors import load_extractor, save_classifier, train_classifier
@@ -115,7 +115,7 @@ def prepare(
         )
     if folder.exists(DESCRIPTION) and not overwrite:
         return _existing(folder, preparation, source, progress)
-    progress(f"preparing {len(source.items):,} images in {len(source.classes)} classes")
+    progress(f"preparing {len(source):,} images in {len(source.classes)} classes")
     connect()
     with folder.created_whole(marker=DESCRIPTION) as draft:
         info = _write_images(preparation, source, draft, progress)
@@ -164,7 +164,7 @@ def _write_images(
         rejected += shard.rejected
         done += int(shard.counts.sum()) + len(shard.rejected)
         rate = done / (time.monotonic() - start)
-        progress(f"prepared {done:,}/{len(source.items):,} images, {rate:,.0f} images/s")
+        progress(f"prepared {done:,}/{len(source):,} images, {rate:,.0f} images/s")
     empty = [i for i, count in enumerate(counts) if count == 0]
     rejected += [
         Rejected(path=source.classes[i], reason="class without a readable image") for i in empty
@@ -193,7 +193,7 @@ def _write_images(
 def _run_shards(preparation: Preparation, source: Source, draft: Folder) -> Iterator[Shard]:
     """Write all shards on the cluster; yields what became of each as it is done."""
     # Shuffled, so that a part file is a sample of the whole and streaming readers see all classes.
-    order = rng(0, Stream.DATA_ORDER).permutation(len(source.items))
+    order = rng(0, Stream.DATA_ORDER).permutation(len(source))
     plan = [
         {"index": i, "items": order[start : start + SHARD_IMAGES].tolist()}
         for i, start in enumerate(range(0, len(order), SHARD_IMAGES))
@@ -201,9 +201,8 @@ def _run_shards(preparation: Preparation, source: Source, draft: Folder) -> Iter
     shared = ray.put(source)
 
     def task(row: dict[str, Any]) -> dict[str, Any]:
-        items = ray.get(shared).items
-        chosen = [items[i] for i in row["items"]]
-        shard = write_shard(preparation, ray.get(shared), chosen, draft, int(row["index"]))
+        items = np.asarray(row["items"])
+        shard = write_shard(preparation, ray.get(shared), items, draft, int(row["index"]))
         return {
             "index": shard.index,
             "counts": shard.counts.tolist(),
@@ -224,33 +223,34 @@ def _run_shards(preparation: Preparation, source: Source, draft: Folder) -> Iter
 
 
 def write_shard(
-    preparation: Preparation, source: Source, items: list[Item], draft: Folder, index: int
+    preparation: Preparation, source: Source, items: np.ndarray, draft: Folder, index: int
 ) -> Shard:
     """Load, standardize and write one shard's items as `part-INDEX.parquet`."""
     columns: dict[str, list[Any]] = {"image": [], "label": [], "source": []}
     digests, rejected = [], []
     counts = np.zeros(len(source.classes), dtype=np.int64)
-    for item in items:
+    for sample, label in zip(source.read(items), source.labels[items].tolist(), strict=True):
         try:
+            image = sample.load()
             pixels = standardize(
-                source.load(item.ref),
+                image if isinstance(image, Image.Image) else Image.fromarray(image),
                 preparation.resolution,
                 preparation.channels,
                 preparation.fit,
                 preparation.background,
             )
         except UnidentifiedImageError:  # Its text holds an address, another one each time.
-            rejected.append(Rejected(path=item.ref, reason="no image that Pillow can open"))
+            rejected.append(Rejected(path=sample.ref, reason="no image that Pillow can open"))
             continue
         except Exception as error:  # Decoders raise anything at all on damaged files.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            rejected.append(Rejected(path=item.ref, reason=reason))
+            rejected.append(Rejected(path=sample.ref, reason=reason))
             continue
-        digests.append(_digest(source.classes[item.label], pixels))
-        counts[item.label] += 1
+        digests.append(_digest(source.classes[label], pixels))
+        counts[label] += 1
         columns["image"].append(encode(pixels))
-        columns["label"].append(item.label)
-        columns["source"].append(item.ref)
+        columns["label"].append(label)
+        columns["source"].append(sample.ref)
     _write_part(draft, index, columns)
     return Shard(index, counts, digests, rejected)
 
@@ -287,7 +287,7 @@ def _check_rejected(
     """List what was rejected on the console; raise if it is too much."""
     for entry in rejected:
         progress(f"rejected {entry.path}: {entry.reason}")
-    files = len(source.items) + source.unreadable
+    files = len(source) + source.unreadable
     bad = files - usable
     if not usable:
         raise PreparationError(

@@ -1,94 +1,23 @@
-"""Where images come from: what a dataset is prepared from.
-
-A source lists its items cheaply on the driver; workers load them one by one.
-"""
+"""A folder with one sub-folder of images a class, on disk or at any URI."""
 
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 from pyarrow import fs
 
 from biggan.data.dataset import Rejected
-from biggan.errors import UserError
+from biggan.data.sources.source import Sample, Source, SourceError, natural
 from biggan.storage import Folder
-
-
-class SourceError(UserError):
-    """A source that holds nothing usable, and what it should hold."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image of a source, and its class by index."""
-
-    ref: str
-    label: int
-
-
-class Source(Protocol):
-    """Labelled images."""
-
-    classes: list[str]
-    items: list[Item]
-    rejected: list[Rejected]
-    """What was found unfit while listing."""
-    unreadable: int
-    """How many of those are files (or folders of them) that should have been images."""
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What `dataset.json` says of the source."""
-
-    def load(self, ref: str) -> Image.Image:
-        """An item's image, perhaps not yet decoded; raises whatever a damaged one makes it."""
-
-
-def open_source(spec: str) -> Source:
-    """The source that `spec` names.
-
-    That is `digits`, or a folder (path or URI) with one sub-folder of images a class. Raises
-    `SourceError` if there is nothing usable.
-    """
-    if spec == "digits":
-        return DigitsSource()
-    return ClassFolders(Folder(spec if "://" in spec else str(Path(spec).expanduser().resolve())))
-
-
-@cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8), labels
-
-
-class DigitsSource:
-    """scikit-learn's handwritten digits: 1,797 scans of 8x8 pixels in ten classes.
-
-    They come with scikit-learn, so this source works offline. (Alpaydin and Kaynak 1998, UCI
-    "Optical Recognition of Handwritten Digits", test part; CC BY 4.0.)
-    """
-
-    def __init__(self) -> None:
-        self.classes = [str(digit) for digit in range(10)]
-        self.items = [Item(str(i), int(label)) for i, label in enumerate(_digits()[1])]
-        self.rejected: list[Rejected] = []
-        self.unreadable = 0
-        self.description = {"kind": "digits"}
-
-    def load(self, ref: str) -> Image.Image:
-        """Scan number `ref`."""
-        return Image.fromarray(_digits()[0][int(ref)])
-
 
 # What operating systems leave in folders; not worth a line in a report.
 _LITTER = {"thumbs.db", "desktop.ini"}
@@ -163,37 +92,34 @@ def _list_remote(root: Folder) -> _Listing:
     return listing
 
 
-@dataclass
-class ClassFolders:
+class ClassFolders(Source):
     """A folder with one sub-folder a class; images may lie deeper within. Local or any URI."""
 
-    root: Folder
-    classes: list[str] = field(init=False)
-    items: list[Item] = field(init=False)
-    rejected: list[Rejected] = field(init=False)
-    unreadable: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        if not self.root.exists():
-            raise SourceError(f"--source {self.root} does not exist")
-        if not self.root.is_folder():
+    def __init__(self, root: Folder) -> None:
+        """List the folder; raises `SourceError` if it has no classes."""
+        if not root.exists():
+            raise SourceError(f"--source {root} does not exist")
+        if not root.is_folder():
             raise SourceError(
-                f"--source {self.root} is a file: expected a folder with one sub-folder a class"
+                f"--source {root} is a file: expected a folder with one sub-folder a class"
             )
-        listing = _list_local(self.root.path) if self.root.is_local else _list_remote(self.root)
+        self.root = root
+        listing = _list_local(root.path) if root.is_local else _list_remote(root)
         files = sorted(listing.files, key=natural)
         folders = {path for path in listing.folders if "/" not in path}
         used = {path.split("/")[0] for path in files if "/" in path}
         if not used:
             raise SourceError(
-                f"--source {self.root} has no classes: expected one sub-folder a class with images"
+                f"--source {root} has no classes: expected one sub-folder a class with images"
                 f" in it, found {len(folders)} empty sub-folders and {len(files)} files"
                 + "".join(f"; {r.path}: {r.reason}" for r in listing.rejected[:1])
             )
         self.unreadable = len(listing.rejected)
         self.classes = sorted(used, key=natural)
         index = {name: i for i, name in enumerate(self.classes)}
-        self.items = [Item(path, index[path.split("/")[0]]) for path in files if "/" in path]
+        paths = [path for path in files if "/" in path]
+        self.labels = np.array([index[path.split("/")[0]] for path in paths], dtype=np.int32)
+        self.paths = pa.array(paths)  # A fraction of what Python's own strings take.
         self.rejected = [
             *listing.rejected,
             *(
@@ -212,12 +138,10 @@ class ClassFolders:
         """What `dataset.json` says of the source."""
         return {"kind": "folders", "uri": self.root.uri}
 
-    def load(self, ref: str) -> Image.Image:
-        """The image at path `ref` under the root."""
-        return Image.open(BytesIO(self.root.read_bytes(ref)))
+    def read(self, items: np.ndarray) -> Iterator[Sample]:
+        """The images at the items' paths."""
+        for path in self.paths.take(items).to_pylist():
+            yield Sample(path, partial(self._open, path))
 
-
-def natural(text: str) -> tuple[list[str | int], str]:
-    """Sort key under which "class 10" follows "class 9"."""
-    parts = re.split(r"([0-9]+)", text)  # Every second part is a number.
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+    def _open(self, path: str) -> Image.Image:
+        return Image.open(BytesIO(self.root.read_bytes(path)))
