@@ -20,7 +20,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scan(number: int) -> np.ndarray:
-    return _digits()[0][number]
+    scan: np.ndarray = _digits()[0][number]
+    return scan
 
 
 class DigitsSource(Source):
