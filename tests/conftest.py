@@ -1,7 +1,12 @@
-"""What tests share: one Ray cluster, and one storage root with the digits prepared in it."""
+"""What tests share: one Ray cluster, and a storage root with the digits prepared in it.
+
+Two processes run the tests (pytest-xdist), a file in one of them; they share the cluster, and each
+has a storage root of its own.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -12,9 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# The processes that run tests have the first one's environment.
+if "BIGGAN_TEST_SESSIONS" not in os.environ:
+    os.environ["BIGGAN_TEST_SESSIONS"] = tempfile.mkdtemp(prefix="ray")
+    Path(os.environ["BIGGAN_TEST_SESSIONS"], "token").write_text(secrets.token_hex(32))
+    os.environ["BIGGAN_TEST_PROCESS"] = str(os.getpid())
+SESSIONS = Path(os.environ["BIGGAN_TEST_SESSIONS"])
 # Ray reads these when it is imported.
-SESSIONS = Path(tempfile.mkdtemp(prefix="ray"))
-(SESSIONS / "token").write_text(secrets.token_hex(32))
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(SESSIONS / "token")
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -25,6 +34,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 
 import pytest
 import ray
+from filelock import FileLock
 
 from biggan.config import RunConfig
 from biggan.data.dataset import Dataset
@@ -78,12 +88,24 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster():
-    """`ray start --head` with token authentication, and this process connected to it.
+    """`ray start --head` with token authentication, and this process connected to it."""
+    described = SESSIONS / "cluster.json"
+    with FileLock(SESSIONS / "lock"):
+        if not described.exists():
+            described.write_text(json.dumps(_start_cluster()))
+        cluster = Cluster(**json.loads(described.read_text()))
+    ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = cluster.address  # For the commands that tests run.
+    return cluster
 
-    Its four logical CPUs let tests schedule more than the machine has cores.
+
+def _start_cluster():
+    """Start it and wait until it is up; the `Cluster` that it is.
+
+    Its logical CPUs let tests schedule more than the machine has cores.
     """
     port, dashboard, agent, client = (free_port() for _ in range(4))
-    options = f"""--head --block --num-cpus=4 --port={port} --node-ip-address=127.0.0.1
+    options = f"""--head --block --num-cpus=6 --port={port} --node-ip-address=127.0.0.1
         --include-dashboard=true --dashboard-port={dashboard} --temp-dir={SESSIONS}
         --dashboard-agent-listen-port={agent} --ray-client-server-port={client}
         --disable-usage-stats --object-store-memory=500000000"""
@@ -94,22 +116,30 @@ def cluster():
             stderr=log,
             start_new_session=True,
         )
-    # Ends the cluster once this process is gone, however it went.
+    # Ends the cluster once the process that runs all tests is gone, however it went.
+    first = int(os.environ["BIGGAN_TEST_PROCESS"])
     subprocess.Popen(
-        ["sh", "-c", f"read _; kill -9 -{head.pid}"],
-        stdin=subprocess.PIPE,
+        ["sh", "-c", f"while kill -0 {first} 2>/dev/null; do sleep 1; done; kill -9 -{head.pid}"],
         start_new_session=True,
     )
     address = f"127.0.0.1:{port}"
-    for _ in range(60):
+    ray_command = [Path(sys.executable).with_name("ray"), "status", "--address", address]
+    for _ in range(120):
         assert head.poll() is None, (SESSIONS / "head.log").read_text()
-        try:
-            ray.init(address=address, logging_level="WARNING", log_to_driver=False)
+        if subprocess.run(ray_command, capture_output=True).returncode == 0:
             break
-        except ConnectionError:
-            time.sleep(1)
-    os.environ["RAY_ADDRESS"] = address  # For the commands that tests run.
-    return Cluster(address, f"http://127.0.0.1:{dashboard}")
+        time.sleep(0.5)
+    return {"address": address, "dashboard": f"http://127.0.0.1:{dashboard}"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A file's tests run in one process; those that look at the whole cluster in one and the same,
+    from the beginning, since they take longest."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+    for item in items:
+        together = "integration" if "integration" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(together))
 
 
 def pytest_sessionfinish(session, exitstatus):

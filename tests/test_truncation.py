@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from biggan import evaluation
+from biggan.candidates import TRUNCATIONS, collect_standing_statistics
 from biggan.config import ModelConfig
 from biggan.errors import UserError
-from biggan.evaluation import TRUNCATIONS, collect_standing_statistics
 from biggan.latents import ClassSampler, Stream, rng, sample_z
 from biggan.models import ModelCard, ModelStore, describe, load_generator
 from biggan.networks import Generator

@@ -47,6 +47,8 @@ class Standing(BaseModel):
     """The last FID measured."""
     best_fid: float | None = None
     """The lowest FID measured."""
+    fid_protocol: str = ""
+    """Digest of the protocol of both: FIDs of another are not compared with them."""
     best_kimg: float = 0.0
     """When it was measured."""
     evaluations_since_best: int = 0
@@ -111,12 +113,19 @@ def save(
         images_seen=state.images_seen,
         seed=seed,
         fid=fid.value if fid else None,
-        fid_protocol=fid.protocol if fid else None,
+        fid_protocol=fid.protocol.as_dict() if fid else None,
         standing=standing.model_copy(deep=True),
         state_bytes=len(content),
         state_sha256=hashlib.sha256(content).hexdigest(),
     )
     (folder / DESCRIPTION).write_text(info.model_dump_json(indent=2))
+
+
+def note_fid(folder: Folder, fid: FID) -> None:
+    """Write onto a checkpoint the FID that was taken of it since."""
+    info = CheckpointInfo.read(folder)
+    update = {"fid": fid.value, "fid_protocol": fid.protocol.as_dict()}
+    folder.write_json(DESCRIPTION, info.model_copy(update=update).model_dump(mode="json"))
 
 
 def restore(folder: Folder, state: TrainState) -> Standing:

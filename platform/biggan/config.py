@@ -250,7 +250,16 @@ class EvalConfig(Section):
     num_samples: int = Field(10_000, ge=2)
     """Generated images an FID is taken over. FID falls as it grows: compare equals only."""
     extractor: str = "classifier"
-    """Whose features FID compares: `classifier`, the network trained on the dataset itself."""
+    """Whose features FID compares: `classifier`, the network trained on the dataset itself;
+    `inception`, the published FID's, as pytorch-fid has it; `inception-tf`, as torch-fidelity has
+    it; or the path or URI of a TorchScript (.pt) or exported (.pt2) network."""
+    inception_weights: str = ""
+    """Path or URL of Inception's weights; by default the cached file, else the published one."""
+    reference: Literal["train", "held_out"] = "train"
+    """The part of the dataset that FID compares with; held_out needs one (prepare --held-out)."""
+    mode: Literal["inline", "async"] = "inline"
+    """inline: training pauses for an evaluation. async: a task on other resources (a core or GPU
+    beside the workers') takes each checkpoint's FID, and training goes on meanwhile."""
     batch_size: int = Field(256, ge=1)
     """Images generated at a time."""
     patience: int = Field(0, ge=0)
@@ -331,6 +340,11 @@ class RunConfig(Section):
             raise ValueError(
                 "speed.reuse_fakes keeps the fakes of a whole batch, which speed.auto_accumulate"
                 " may have to split: switch one of them off"
+            )
+        if self.eval.mode == "async" and self.eval.patience:
+            raise ValueError(
+                f"eval.patience {self.eval.patience} stops a run on its last FIDs, which eval.mode"
+                " 'async' learns later: set eval.patience to 0, or eval.mode to inline"
             )
         if self.loss.r1 and self.speed.precision_d == "float16":
             raise ValueError(

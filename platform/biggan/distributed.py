@@ -6,6 +6,7 @@ resumes from its latest checkpoint, after a crash of a worker as after one of th
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import uuid
@@ -17,21 +18,46 @@ from typing import Any
 import pandas as pd
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    ScalingConfig,
+    ValidationConfig,
+    ValidationTaskConfig,
+)
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from biggan.checkpoint import CheckpointInfo
-from biggan.cluster import connect, largest_node
+from biggan.candidates import load_checkpoint
+from biggan.checkpoint import CheckpointInfo, note_fid
+from biggan.cluster import connect, largest_node, own_device
 from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
 from biggan.data.dataset import Dataset, DatasetInfo
-from biggan.loop import Report, TrainingLoop, print_line, reason_to_stop
+from biggan.evaluation import ensure_reference
+from biggan.journal import sheet_file
+from biggan.loop import (
+    Report,
+    TrainingLoop,
+    evaluation_batch,
+    print_line,
+    reason_to_stop,
+    sample_sheet,
+)
 from biggan.memory import DoesNotFitError
 from biggan.metrics.extractors import check_extractor
+from biggan.metrics.fid import measure
 from biggan.networks import check_model
 from biggan.parallel import Workers
-from biggan.runs import best_checkpoint, checkpoints, latest_checkpoint, open_run, read_metrics
+from biggan.runs import (
+    best_checkpoint,
+    checkpoints,
+    latest_checkpoint,
+    note_evaluation,
+    open_run,
+    read_metrics,
+)
 from biggan.storage import Folder, locate
 
 DOES_NOT_FIT = "does not fit: "
@@ -122,17 +148,67 @@ def train(
     if over := _already_over(config, run):
         return RunResult(run, over)
     connect()
+    ensure_reference(config.eval, dataset)
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stated types lag behind Train V2.
         train_loop_config=worker_spec(config, dataset, run, scaling.cpus_per_worker),
         scaling_config=scaling.to_ray(),
         run_config=ray_run_config(config, run, max_failures=scaling.max_failures),
+        validation_config=_validation(config, dataset, run, scaling),
     )
     result = trainer.fit()
     reason = str(result.return_value)  # type: ignore[attr-defined]
     if reason.startswith(DOES_NOT_FIT):
         raise DoesNotFitError(reason.removeprefix(DOES_NOT_FIT))
     return RunResult(run, stop_reason=reason)
+
+
+def _validation(
+    config: RunConfig, dataset: Folder, run: Folder, scaling: Scaling
+) -> ValidationConfig | None:
+    """How Ray Train has checkpoints evaluated beside training; None if the loop does it itself."""
+    if config.eval.mode == "inline":
+        return None
+    kind, each = ("GPU", 1) if scaling.on_gpu else ("CPU", scaling.cpus_per_worker or 1)
+    there = int(ray.cluster_resources().get(kind, 0))
+    if 0 < there <= scaling.workers * each:
+        print_line(
+            f"warning: eval.mode async, but {scaling.workers} workers take all {there} {kind}s:"
+            " unless the cluster grows, evaluations wait until training is over"
+        )
+    return ValidationConfig(
+        fn=evaluate_checkpoint,
+        task_config=ValidationTaskConfig(fn_kwargs={"run": run.uri, "dataset": dataset.uri}),
+        ray_remote_kwargs={"num_cpus": 1, "num_gpus": 1 if scaling.on_gpu else 0},
+    )
+
+
+def evaluate_checkpoint(
+    checkpoint: ray.train.Checkpoint, *, run: str, dataset: str
+) -> dict[str, Any]:
+    """Take a checkpoint's FID beside training: a task of its own, which Ray Train starts.
+
+    Writes it onto the checkpoint and among the run's metrics, with a sheet of samples; returns what
+    Ray Train ranks checkpoints by.
+    """
+    torch.set_num_threads(1)  # The core that it was given.
+    home, device = Folder(run), own_device()
+    candidate = load_checkpoint(home / checkpoint.path.rstrip("/").rsplit("/", 1)[-1], device)
+    config, G, kimg = candidate.record.config, candidate.G, candidate.info.images_seen / 1000
+    fid = measure(
+        G,
+        Dataset.open(dataset),
+        config.eval,
+        num_samples=config.eval.num_samples,
+        batch_size=evaluation_batch(config, G),
+    )
+    note_fid(candidate.checkpoint, fid)
+    note_evaluation(home, candidate.info.step, fid)
+    picture = io.BytesIO()
+    sample_sheet(G, config).save(picture, "PNG")
+    home.write_bytes(sheet_file(kimg), picture.getvalue())
+    print_line(f"{home.name}: {fid} at {kimg:g} kimg")
+    return {"checkpoint_fid": fid.value}
 
 
 def _already_over(config: RunConfig, run: Folder) -> str:
@@ -195,6 +271,7 @@ def train_worker(spec: dict[str, Any]) -> str:
         # Not `ray.train.get_checkpoint()`, which does not look whether it is damaged.
         resume_from=latest_checkpoint(run),
         say=None if spec["quiet"] else print_line,
+        evaluated_beside=True,
     )
     try:
         return loop.run()
@@ -232,6 +309,7 @@ def _report_to(run: Folder) -> Report:
             metrics,
             ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
             checkpoint_dir_name=name,
+            validation=bool(checkpoint) and metrics["awaits_fid"],
         )
 
     return report

@@ -24,11 +24,16 @@ from biggan.checkpoint import Standing
 from biggan.config import RunConfig
 from biggan.guard import Reading, sigma_growth
 from biggan.metrics.fid import FID
-from biggan.runs import METRICS, SIGNALS, read_rows
+from biggan.runs import METRICS, SIGNALS, fid_row, read_rows
 from biggan.storage import Folder
 
 ROW_EVERY_KIMG = 1.0
 LINE_EVERY_SECONDS = 5.0
+
+
+def sheet_file(kimg: float) -> str:
+    """The file of a run's sample sheet at an age."""
+    return f"samples/{kimg:09.1f}kimg.png"
 
 
 class Journal:
@@ -74,15 +79,19 @@ class Journal:
         fid: FID | None,
         standing: Standing,
         signals: Reading | None = None,
+        evaluated: bool = False,
     ) -> None:
-        """Note a step's losses and duration, and FID and signals of collapse if they were taken."""
+        """Note a step's losses and duration, and FID and signals of collapse if they were taken.
+
+        `evaluated`: a row is due all the same, since this step's FID is taken here or elsewhere.
+        """
         window = standing.window
         if signals:
             self._signals(step, standing.guard.readings)
         for name, value in {**losses, "steps": 1, "seconds": seconds}.items():
             window[name] = window.get(name, 0.0) + value
         border = math.floor(self._kimg(step) / ROW_EVERY_KIMG)
-        if fid or border > math.floor(self._kimg(step - 1) / ROW_EVERY_KIMG):
+        if evaluated or border > math.floor(self._kimg(step - 1) / ROW_EVERY_KIMG):
             self._row(step, fid, window)
             window.clear()
         if fid or time.monotonic() - self._line_time >= LINE_EVERY_SECONDS:
@@ -94,12 +103,12 @@ class Journal:
         row |= {k: v / steps for k, v in window.items() if k not in ("steps", "seconds")}
         row["images_per_second"] = steps * self.config.step_images / window["seconds"]
         if fid:
-            row |= {"fid": fid.value, "fid_extractor": fid.extractor}
+            row |= fid_row(fid)
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         for name, value in row.items():
-            if name not in ("step", "time", "fid_extractor"):
-                tag = f"fid/{fid.extractor}" if fid and name == "fid" else name
+            if name not in ("step", "time", "fid_extractor", "fid_protocol"):
+                tag = f"fid/{fid.protocol.extractor}" if fid and name == "fid" else name
                 self._tensorboard.add_scalar(tag, value, step)
 
     def _signals(self, step: int, readings: list[Reading]) -> None:
@@ -140,7 +149,7 @@ class Journal:
 
     def sample_sheet(self, image: Image.Image, step: int) -> None:
         """Save a sample sheet as `samples/KIMG.png` and in TensorBoard."""
-        image.save(self._local / "samples" / f"{self._kimg(step):09.1f}kimg.png")
+        image.save(self._local / sheet_file(self._kimg(step)))
         pixels = np.atleast_3d(np.asarray(image))
         self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from biggan import checkpoint
 from biggan.checkpoint import CheckpointInfo, Rollback, Standing
-from biggan.config import RunConfig
+from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import Batches
 from biggan.data.dataset import Dataset, Progress
 from biggan.guard import Guard
@@ -35,8 +35,8 @@ from biggan.memory import (
     with_accumulation,
     with_fitting_accumulation,
 )
-from biggan.metrics.extractors import load_extractor
-from biggan.metrics.fid import FID, Evaluator
+from biggan.metrics.fid import FID, Evaluator, open_evaluator
+from biggan.metrics.protocol import digest
 from biggan.networks import Generator
 from biggan.parallel import Workers
 from biggan.pixels import sheet
@@ -142,11 +142,18 @@ class TrainingLoop:
         report: Report,
         resume_from: Folder | None = None,
         say: Progress | None = print_line,
+        evaluated_beside: bool = False,
     ) -> None:
         """`say` receives progress lines, on the main worker; None is silence.
 
+        `evaluated_beside`: whoever takes the reports sees to the FID of checkpoints that await one.
         Raises `ConfigError` if the configuration does not fit the dataset or the workers.
         """
+        if config.eval.mode == "async" and not evaluated_beside:
+            raise ConfigError(
+                "eval.mode = 'async': only Ray Train evaluates beside training (jobs/train.py,"
+                " biggan.train); set it to inline"
+            )
         # A resumed run is the uninterrupted one bit for bit: no kernels that add in any order.
         torch.backends.cudnn.deterministic = True
         if config.speed.keep_memory and workers.device.type == "cpu":
@@ -160,8 +167,8 @@ class TrainingLoop:
         self.standing = Standing()
         self._begin(resume_from)
         self.guard = Guard(config, dataset, workers)
-        extractor = load_extractor(config.eval.extractor, dataset.folder, workers.device)
-        self.evaluator = Evaluator(dataset, extractor)
+        inline = config.eval.mode == "inline"
+        self.evaluator = open_evaluator(dataset, config.eval, workers.device) if inline else None
         self.journal = self._open_journal()
         self._started = time.monotonic() - self.standing.seconds
 
@@ -221,13 +228,14 @@ class TrainingLoop:
         if self._due(self.guard.every_kimg):
             collapse = self.guard.read(self.state, self.standing.guard)
             signals = self.standing.guard.readings[-1]
-        fid = self._evaluate() if self._due(self.config.eval.every_kimg) else None
+        due = self._due(self.config.eval.every_kimg)
+        fid = self._evaluate(self.evaluator) if due and self.evaluator else None
         if self.journal:
-            self.journal.step(self.state.step, measured, seconds, fid, self.standing, signals)
+            self.journal.step(self.state.step, measured, seconds, fid, self.standing, signals, due)
         if collapse and self.config.guard != "off":
             raise CollapsedError(f"{collapse}, at {self.state.kimg:g} kimg")
-        if fid or self._due(self.config.checkpoint.every_kimg):
-            self._checkpoint(fid)
+        if due or self._due(self.config.checkpoint.every_kimg):
+            self._checkpoint(fid, awaits_fid=due and not self.evaluator)
 
     def _roll_back(self, signal: str) -> bool:
         """Go back to the last good checkpoint, if that is wanted and not done too often."""
@@ -334,16 +342,19 @@ class TrainingLoop:
                 raise DivergedError(f"{name} is {value} at step {self.state.step}")
         return losses
 
-    def _evaluate(self) -> FID:
+    def _evaluate(self, evaluator: Evaluator) -> FID:
         self._check_weights()
-        fid = self.evaluator.fid(
+        fid = evaluator.fid(
             self.state.G_ema,
             self.workers,
             num_samples=self.config.eval.num_samples,
-            batch_size=min(self.config.eval.batch_size, self.state.G.sample_batch),
+            batch_size=evaluation_batch(self.config, self.state.G),
         )
         standing = self.standing
-        standing.fid = fid.value
+        protocol = digest(fid.protocol.as_dict())
+        if standing.fid_protocol not in ("", protocol):  # Earlier FIDs tell nothing of this one.
+            standing.best_fid = None
+        standing.fid, standing.fid_protocol = fid.value, protocol
         standing.evaluations_since_best += 1
         if standing.best_fid is None or fid.value < standing.best_fid:
             standing.best_fid, standing.best_kimg = fid.value, self.state.kimg
@@ -357,11 +368,11 @@ class TrainingLoop:
             if weight := non_finite_weight(network):
                 raise DivergedError(f"{name}.{weight} is not finite at step {self.state.step}")
 
-    def _checkpoint(self, fid: FID | None) -> None:
+    def _checkpoint(self, fid: FID | None, *, awaits_fid: bool) -> None:
         self._check_weights()
         self.standing.seconds = time.monotonic() - self._started
         measured = fid.value if fid else WORST_FID
-        metrics = self._metrics(measured, self._reason_to_stop())
+        metrics = self._metrics(measured, self._reason_to_stop(), awaits_fid=awaits_fid)
         if not self.workers.is_main:
             self.report(metrics, None)
             return
@@ -374,7 +385,9 @@ class TrainingLoop:
                 self.journal.flush()
             self.report(metrics, folder)
 
-    def _metrics(self, checkpoint_fid: float, stop_reason: str) -> dict[str, Any]:
+    def _metrics(
+        self, checkpoint_fid: float, stop_reason: str, *, awaits_fid: bool = False
+    ) -> dict[str, Any]:
         standing = self.standing
         diverged = stop_reason.startswith("diverged")
         return {
@@ -383,6 +396,7 @@ class TrainingLoop:
             "fid": WORST_FID if diverged or standing.fid is None else standing.fid,
             "best_fid": WORST_FID if standing.best_fid is None else standing.best_fid,
             "checkpoint_fid": checkpoint_fid,
+            "awaits_fid": awaits_fid,
             "seconds": standing.seconds,
             "stop_reason": stop_reason,
         }
@@ -394,6 +408,11 @@ def non_finite_weight(network: nn.Module) -> str | None:
     norms = torch._foreach_norm(list(parameters.values()))
     finite = torch.stack(norms).isfinite().tolist()
     return next((name for name, ok in zip(parameters, finite, strict=True) if not ok), None)
+
+
+def evaluation_batch(config: RunConfig, G: Generator) -> int:
+    """Images that an evaluation of a run generates at a time, wherever it is done."""
+    return min(config.eval.batch_size, G.sample_batch)
 
 
 def sample_sheet(G: Generator, config: RunConfig) -> Image.Image:

@@ -20,6 +20,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from biggan.config import ModelConfig, RunConfig
+from biggan.metrics.protocol import differences
+from biggan.metrics.report import Evaluation
 from biggan.networks import Discriminator, Generator
 from biggan.pixels import sheet
 from biggan.storage import Folder, StorageError, locate
@@ -75,6 +77,8 @@ class ModelCard(BaseModel):
     fid: float | None = None
     fid_protocol: dict[str, Any] = {}
     """Extractor and its fingerprint, dataset fingerprint, sample count, truncation, and so on."""
+    evaluations: list[Evaluation] = []
+    """What `jobs/evaluate.py` found since: the newest of each protocol."""
     dataset: str | None = None
     dataset_fingerprint: str | None = None
     run: str | None = None
@@ -157,6 +161,20 @@ class ModelStore:
     def relicense(self, card: ModelCard, licence: str) -> ModelCard:
         """Write a licence onto a version's card; returns the card."""
         card = card.model_copy(update={"licence": licence})
+        (self.folder / card.version).write_json(CARD, card.model_dump(mode="json"))
+        return card
+
+    def note(self, card: ModelCard, evaluation: Evaluation) -> ModelCard:
+        """Write an evaluation onto a version's card; returns the card.
+
+        It takes the place of an earlier one of the same protocol. A model without an FID, such as
+        an imported one, has it for its own from then on.
+        """
+        others = [e for e in card.evaluations if differences(e.protocol, evaluation.protocol)]
+        update: dict[str, Any] = {"evaluations": [*others, evaluation]}
+        if card.fid is None:
+            update |= {"fid": evaluation.value, "fid_protocol": evaluation.protocol}
+        card = card.model_copy(update=update)
         (self.folder / card.version).write_json(CARD, card.model_dump(mode="json"))
         return card
 

@@ -11,16 +11,17 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from biggan.config import RunConfig
-from biggan.data.dataset import Dataset
-from biggan.errors import UserError
-from biggan.evaluation import (
+from biggan.candidates import (
     STANDING_IMAGES,
     Candidate,
     collect_standing_statistics,
     load_checkpoint,
-    measure,
 )
+from biggan.config import RunConfig
+from biggan.data.dataset import Dataset
+from biggan.errors import UserError
+from biggan.metrics.fid import measure
+from biggan.metrics.protocol import differences, digest
 from biggan.models import BEST, ModelCard, ModelStore, load_card
 from biggan.networks import Generator
 from biggan.parallel import Workers
@@ -83,10 +84,17 @@ def best_trial(sweep: str, root: str | None) -> Folder:
                 _, info = best_checkpoint(trial)
             except StorageError:
                 continue  # A trial stopped before its first evaluation.
-            scored.append((info.fid, trial))
+            scored.append((info, trial))
     if not scored:
         raise StorageError(f"sweep {folder} has no trial with an evaluated checkpoint yet")
-    return min(scored, key=lambda pair: pair[0] or 0.0)[1]
+    (first, first_trial), *others = scored
+    for info, trial in others:
+        if found := differences(first.fid_protocol or {}, info.fid_protocol or {}):
+            raise StorageError(
+                f"sweep {folder.name}: FIDs of {first_trial.name} and {trial.name} are not"
+                f" comparable ({found}): promote one of its trials by --run PATH"
+            )
+    return min(scored, key=lambda pair: pair[0].fid or 0.0)[1]
 
 
 def default_name(config: RunConfig) -> str:
@@ -115,8 +123,8 @@ def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | N
     fid = measure(
         candidate.G,
         dataset,
+        record.config.eval,
         num_samples=record.config.eval.num_samples,
-        extractor=record.config.eval.extractor,
         standing=STANDING_IMAGES,
     )
     run = candidate.checkpoint.parent
@@ -125,7 +133,7 @@ def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | N
         version=store.next_version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         fid=fid.value,
-        fid_protocol=fid.protocol,
+        fid_protocol=fid.protocol.as_dict(),
         dataset=record.config.dataset,
         dataset_fingerprint=dataset.info.fingerprint,
         run=_label(run),
@@ -177,18 +185,28 @@ def _move_best(store: ModelStore, card: ModelCard, force: bool) -> tuple[bool, s
 
 
 def _is_better(card: ModelCard, best: ModelCard) -> tuple[bool, str]:
-    """Whether a version has a lower FID than another, of the same protocol; and what was found."""
+    """Whether a version has a lower FID than another, of the same protocol; and what was found.
+
+    Compared are the FIDs of their promotion, else two that `jobs/evaluate.py` took alike.
+    """
     if card.fid is None or best.fid is None:
         return False, f"{(card if card.fid is None else best).version} has no FID"
-    differences = _differences(best.fid_protocol, card.fid_protocol)
-    if differences:
-        return False, f"its FID is not comparable with that of {best.version} ({differences})"
-    if card.fid < best.fid:
-        return True, f"FID {card.fid:.3f} is lower than the {best.fid:.3f} of {best.version}"
-    return False, f"FID {card.fid:.3f} is not lower than the {best.fid:.3f} of {best.version}"
+    ours, theirs = _fids(card), _fids(best)
+    shared = [protocol for protocol in ours if protocol in theirs]
+    if not shared:
+        found = differences(best.fid_protocol, card.fid_protocol)
+        return False, f"its FID is not comparable with that of {best.version} ({found})"
+    fid, other = ours[shared[0]], theirs[shared[0]]
+    if fid < other:
+        return True, f"FID {fid:.3f} is lower than the {other:.3f} of {best.version}"
+    return False, f"FID {fid:.3f} is not lower than the {other:.3f} of {best.version}"
 
 
-def _differences(a: dict[str, object], b: dict[str, object]) -> str:
-    """Where two protocols differ; a key that one lacks is None in it."""
-    keys = sorted(a.keys() | b.keys())
-    return ", ".join(f"{k}: {a.get(k)} and {b.get(k)}" for k in keys if a.get(k) != b.get(k))
+def _fids(card: ModelCard) -> dict[str, float]:
+    """A version's FIDs by protocol, that of its promotion first."""
+    measured = [(card.fid_protocol, card.fid)] if card.fid is not None else []
+    measured += [(evaluation.protocol, evaluation.value) for evaluation in card.evaluations]
+    fids: dict[str, float] = {}
+    for protocol, value in measured:
+        fids.setdefault(digest(protocol), value)
+    return fids

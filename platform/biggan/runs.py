@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict
 from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, Rollback, is_undamaged
 from biggan.config import CollapseConfig, ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
+from biggan.metrics.fid import FID
+from biggan.metrics.protocol import digest
 from biggan.storage import Folder, StorageError
 
 logger = logging.getLogger(__name__)
@@ -29,12 +31,16 @@ logger = logging.getLogger(__name__)
 RECORD = "config.json"
 METRICS = "metrics.jsonl"
 ROLLBACKS = "rollbacks.json"
+EVALUATIONS = "evaluations"
+"""FIDs that were taken beside training, a file each."""
 SIGNALS = "signals.jsonl"
 """The guard's readings: singular values of every layer, D's accuracies, variance within classes."""
 
 ADJUSTABLE = {
     "total_kimg",
     "eval.patience",
+    "eval.mode",
+    "eval.inception_weights",
     "checkpoint.every_kimg",
     "checkpoint.keep",
     "guard",
@@ -171,11 +177,14 @@ def latest_checkpoint(folder: Folder) -> Folder | None:
 
 
 def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
-    """A run's undamaged checkpoint with the lowest FID; raises `StorageError` if there is none."""
-    saved = checkpoints(folder)
+    """A run's undamaged checkpoint with the lowest FID; raises `StorageError` if there is none.
+
+    Of FIDs of several protocols, those count that are of the newest one's.
+    """
+    saved = {name: info for name, info in checkpoints(folder).items() if info.fid is not None}
+    newest = digest(list(saved.values())[-1].fid_protocol or {}) if saved else ""
+    saved = {name: i for name, i in saved.items() if digest(i.fid_protocol or {}) == newest}
     for name in sorted(saved, key=lambda name: saved[name].fid or 0.0):
-        if saved[name].fid is None:
-            continue
         if is_undamaged(folder / name):
             return folder / name, saved[name]
         logger.warning("%s is damaged; the next best is taken", folder / name)
@@ -187,8 +196,30 @@ def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
 
 
 def read_metrics(folder: Folder) -> list[dict[str, Any]]:
-    """A run's rows of metrics, oldest first; none if nothing was written yet."""
-    return read_rows(folder, METRICS)
+    """A run's rows of metrics, oldest first; none if nothing was written yet.
+
+    FIDs that were taken beside training stand in the rows of their steps.
+    """
+    beside = folder / EVALUATIONS
+    names = beside.children()
+    found = {row["step"]: row for row in (beside.read_json(name) for name in names)}
+    return [{**row, **found.get(row["step"], {})} for row in read_rows(folder, METRICS)]
+
+
+def note_evaluation(folder: Folder, step: int, fid: FID) -> None:
+    """Note an FID that was taken beside training, for `read_metrics`."""
+    row = {"step": step, **fid_row(fid)}
+    (folder / EVALUATIONS).write_json(f"{step:09d}.json", row)
+
+
+def fid_row(fid: FID) -> dict[str, Any]:
+    """What a row of metrics says of an FID."""
+    protocol = fid.protocol.as_dict()
+    return {
+        "fid": fid.value,
+        "fid_extractor": fid.protocol.extractor,
+        "fid_protocol": digest(protocol),
+    }
 
 
 def read_rows(folder: Folder, name: str) -> list[dict[str, Any]]:

@@ -26,9 +26,11 @@ from biggan.cluster import connect, largest_node, own_device
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import Dataset, DatasetInfo
 from biggan.distributed import Scaling, check_fit, ray_run_config, train_worker, worker_spec
+from biggan.evaluation import EVALUATION, ensure_reference, evaluate
 from biggan.loop import KeepCheckpoints, Report, TrainingLoop
+from biggan.metrics.report import Evaluation
 from biggan.parallel import Workers
-from biggan.runs import latest_checkpoint, open_run
+from biggan.runs import best_checkpoint, latest_checkpoint, open_run
 from biggan.storage import Folder, locate
 from biggan.trials import LiveTable, SweepResult, summarize, trial_folder
 
@@ -42,6 +44,9 @@ SHARED = {
     "eval.every_kimg",
     "eval.num_samples",
     "eval.extractor",
+    "eval.inception_weights",
+    "eval.reference",
+    "eval.mode",
     "checkpoint.every_kimg",
 }
 """Fields that all trials of a sweep have in common, since their FIDs are compared by them."""
@@ -67,6 +72,9 @@ class Search:
     """At each of ASHA's rungs about one in this many trials goes on, to this many times the age."""
     search_seed: int = 0
     """Decides the configurations drawn."""
+    noise_repeats: int = 4
+    """Draws that the best trial is measured over in the end: the noise of FID, beside which the
+    differences between trials are seen. 0: not measured."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -76,6 +84,7 @@ class Search:
             ("cpus_per_worker", 1),
             ("grace_kimg", 0),
             ("reduction_factor", 2),
+            ("noise_repeats", 0),
         ):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"{name} = {value}: must be {least} or more")
@@ -148,6 +157,11 @@ def sweep(
     search = search or Search()
     # Every report of a trial carries an FID of its own, and every checkpoint one as well.
     config = config.override({"checkpoint.every_kimg": config.eval.every_kimg})
+    if config.eval.mode != "inline":
+        raise ConfigError(
+            f"eval.mode = {config.eval.mode!r}: a sweep stops trials on FIDs as they come, so that"
+            " they are taken in training's course; set it to inline"
+        )
     domains = {
         key: parse_domain(value) if isinstance(value, str) else value
         for key, value in (space or default_space(config)).items()
@@ -158,13 +172,31 @@ def sweep(
     folder = locate("sweeps", name, root)
     _open_plan(folder, config, domains, search, info)
     connect()
+    ensure_reference(config.eval, dataset)
     _quiet_tune()
     trial = _trial(config, dataset, info, folder, search)
     if tune.Tuner.can_restore(folder.uri):
         tuner = tune.Tuner.restore(folder.uri, trial, resume_errored=True, param_space=domains)
     else:
         tuner = _new_tuner(trial, config, domains, folder, search)
-    return summarize(folder, config, list(domains), tuner.fit())
+    return summarize(folder, config, list(domains), tuner.fit(), _noise(search, root))
+
+
+def _noise(search: Search, root: str | None) -> Callable[[Folder], float | None]:
+    """What measures the standard deviation of a trial's FID; once, since it is kept."""
+
+    def measure(trial: Folder) -> float | None:
+        checkpoint, _ = best_checkpoint(trial)
+        if checkpoint.exists(EVALUATION):
+            kept = Evaluation.model_validate(checkpoint.read_json(EVALUATION))
+            if kept.repeats == search.noise_repeats:
+                return kept.measures["fid"].deviation
+        repeats = search.noise_repeats
+        print(f"measuring the noise of FID: {trial.name}, {repeats} draws", flush=True)
+        evaluation = evaluate(checkpoint=checkpoint.uri, repeats=repeats, workers=0, root=root)
+        return evaluation.measures["fid"].deviation
+
+    return measure if search.noise_repeats > 1 else lambda _trial: None
 
 
 def _quiet_tune() -> None:
@@ -229,6 +261,9 @@ def _open_plan(
         folder.write_json(PLAN, plan)
         return
     before = folder.read_json(PLAN)
+    # Settings that came with a later version than began it have their defaults.
+    before["config"] = RunConfig.parse(before["config"]).model_dump(mode="json")
+    before["search"] = asdict(Search()) | before["search"]
     changed = [key for key in plan if before.get(key) != plan[key]]
     if changed:
         raise ConfigError(

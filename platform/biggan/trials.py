@@ -8,11 +8,14 @@ reported, with the trial's values), `trials.csv`, `best.yaml` (a configuration t
 from __future__ import annotations
 
 import io
+import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,6 +35,16 @@ from biggan.storage import Folder
 
 STOPPED_EARLY = "stopped early"
 NAMED_IN_PLOT = 8
+INSIDE_NOISE = "inside noise"
+
+
+def difference_within(noise: float) -> float:
+    """The difference of two FIDs that their noise explains.
+
+    Each has standard deviation `noise`, so their difference has sqrt(2) times that; 95% of such
+    differences lie within twice it.
+    """
+    return 2 * math.sqrt(2) * noise
 
 
 def trial_folder(trial_id: str) -> str:
@@ -45,13 +58,16 @@ class SweepResult:
 
     folder: Folder
     trials: pd.DataFrame
-    """A row a trial, best first: its values, lowest FID, kimg spent, and why it stopped."""
+    """A row a trial, best first: its values, lowest FID, whether that is the best, inside the noise
+    of the best or worse, kimg spent, and why it stopped."""
     points: pd.DataFrame
     """A row for every FID reported: trial, its values, kimg and FID."""
     best_config: RunConfig | None
     """The configuration of the trial with the lowest FID; None if no trial has one."""
     kimg_spent: float
     """Thousand images trained on, over all trials but those that failed."""
+    noise: float | None
+    """Standard deviation of the best trial's FID over several draws; None if not measured."""
     kimg_full: float
     """What all trials, but those that failed, would have trained on without early stopping."""
 
@@ -71,7 +87,15 @@ class SweepResult:
         if self.best_config is None:
             return f"no trial has an FID\n{saved}"
         best = self.trials.iloc[0]
-        return f"best: {best['trial']} with FID {best['fid']:.3f}\n{saved}\nall in {self.folder}"
+        lines = [f"best: {best['trial']} with FID {best['fid']:.3f}", saved]
+        if self.noise is not None:
+            near = int((self.trials["standing"] == INSIDE_NOISE).sum())
+            lines.append(
+                f"noise of an FID: {self.noise:.3f} (standard deviation); {near} other trials"
+                f" differ from the best by no more than {difference_within(self.noise):.3f}, which"
+                " is inside it"
+            )
+        return "\n".join([*lines, f"all in {self.folder}"])
 
 
 class LiveTable(tune.Callback):
@@ -132,7 +156,7 @@ def render(frame: pd.DataFrame, title: str) -> Table:
     """A data frame as a table for the console; fields go by the last part of their name."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in frame.columns:
-        text = column in ("trial", "status")
+        text = column in ("trial", "status", "standing")
         table.add_column(column.split(".")[-1], justify="left" if text else "right", no_wrap=True)
     for row in frame.itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
@@ -147,19 +171,30 @@ def _cell(value: Any) -> str:
 
 
 def summarize(
-    folder: Folder, config: RunConfig, parameters: list[str], grid: tune.ResultGrid
+    folder: Folder,
+    config: RunConfig,
+    parameters: list[str],
+    grid: tune.ResultGrid,
+    measure_noise: Callable[[Folder], float | None],
 ) -> SweepResult:
-    """Gather what the trials reported, and write tables, plots and the best configuration."""
+    """Gather what the trials reported, and write tables, plots and the best configuration.
+
+    `measure_noise` gives the standard deviation of a trial's FID.
+    """
     points, trials = [], []
+    protocol = _common_protocol(folder)
     for result in (grid[i] for i in range(len(grid))):
         metrics = result.metrics or {}
         name = trial_folder(metrics["trial_id"]) if metrics else "never started"
         values = {key: (result.config or {}).get(key) for key in parameters}
-        reported = [row for row in read_metrics(folder / name) if "fid" in row]
+        rows = [row for row in read_metrics(folder / name) if "fid" in row]
+        reported = [row for row in rows if row.get("fid_protocol") == protocol]
         points += [
             {"trial": name, **values, "kimg": row["kimg"], "fid": row["fid"]} for row in reported
         ]
         reason = metrics.get("stop_reason") or STOPPED_EARLY
+        if others := len(rows) - len(reported):
+            reason += f"; {others} FIDs of another protocol left out"
         trials.append(
             {
                 "trial": name,
@@ -173,16 +208,36 @@ def summarize(
     failed = table["status"].str.startswith("failed")
     found = len(table) > 0 and table["fid"][0] < WORST_FID
     best = config.override({key: _plain(table[key][0]) for key in parameters}) if found else None
+    noise = measure_noise(folder / table["trial"][0]) if found else None
+    table.insert(table.columns.get_loc("kimg"), "standing", _standings(table["fid"], noise))
     outcome = SweepResult(
         folder=folder,
         trials=table,
         points=pd.DataFrame(points, columns=["trial", *parameters, "kimg", "fid"]),
         best_config=best,
+        noise=noise,
         kimg_spent=float(table["kimg"][~failed].sum()),
         kimg_full=int((~failed).sum()) * config.total_kimg,
     )
     _write(outcome, config, parameters)
     return outcome
+
+
+def _common_protocol(folder: Folder) -> str | None:
+    """Digest of the protocol that most of the trials' FIDs are of."""
+    trials = [folder / name for name in folder.children() if name.startswith("trial_")]
+    found = Counter(
+        row.get("fid_protocol") for trial in trials for row in read_metrics(trial) if "fid" in row
+    )
+    return found.most_common(1)[0][0] if found else None
+
+
+def _standings(fids: pd.Series, noise: float | None) -> list[str]:
+    """How each trial's FID, ascending, stands to the first."""
+    if noise is None:
+        return ["best" if rank == 0 else "" for rank in range(len(fids))]
+    near = fids - fids[0] <= difference_within(noise)
+    return ["best", *np.where(near[1:], INSIDE_NOISE, "worse").tolist()]
 
 
 def _failure(error: Exception) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -92,16 +92,40 @@ class DatasetInfo(BaseModel):
 class Dataset:
     """A prepared dataset with its images decoded in memory."""
 
-    def __init__(self, info: DatasetInfo, images: Tensor, labels: Tensor, folder: Folder) -> None:
+    def __init__(
+        self,
+        info: DatasetInfo,
+        images: Tensor,
+        labels: Tensor,
+        folder: Folder,
+        split: Literal["train", "held_out"] = "train",
+    ) -> None:
         """`images` is uint8 `[N, C, H, W]`, `labels` int64 `[N]`."""
         self.info = info
         self.images = images
         self.labels = labels
         self.folder = folder
+        self.split = split
+        self.class_ids: list[int] | None = None
         self.class_sampler = ClassSampler(info.counts)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def counts(self) -> list[int]:
+        """Images of each class in this part of the dataset."""
+        return self.info.counts if self.split == "train" else self.info.held_out
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the images in this part of the dataset."""
+        held_out = self.split == "held_out"
+        return self.info.held_out_fingerprint if held_out else self.info.fingerprint
+
+    def of_split(self, split: Literal["train", "held_out"]) -> Dataset:
+        """Another part of the same dataset."""
+        raise NotImplementedError
 
     @classmethod
     def open(cls, name: str, root: str | None = None) -> Self:

@@ -39,7 +39,7 @@ from biggan.data.sources import Source, open_source
 from biggan.errors import UserError
 from biggan.latents import Stream, rng
 from biggan.metrics.extractors import load_extractor, save_classifier, train_classifier
-from biggan.metrics.fid import Reference
+from biggan.metrics.reference import Reference
 from biggan.storage import Folder, locate
 
 SHARD_IMAGES = 1024
@@ -331,7 +331,6 @@ def measure_reference(folder: Folder, threads: int) -> float:
     device = own_device()
     network, accuracy = train_classifier(dataset, device, progress=print)
     save_classifier(network, accuracy, dataset, folder)
-    Reference.measure(dataset, load_extractor("classifier", folder, device)).save(
-        folder, "classifier"
-    )
+    extractor = load_extractor("classifier", folder, device)
+    Reference.measure(dataset, extractor).save(folder, "classifier")
     return accuracy
