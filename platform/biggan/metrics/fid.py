@@ -37,7 +37,7 @@ class Reference:
         """Moments over every image of `dataset`."""
         moments = Moments(extractor.dim)
         for images in dataset.images.split(512):
-            moments.update(extractor(images))
+            moments.update(extractor(images).features)
         return cls(moments.mean, moments.covariance, moments.count, extractor.fingerprint)
 
     def save(self, folder: Folder, extractor: str) -> None:
@@ -130,7 +130,7 @@ class Evaluator:
         for i in range(0, len(seeds), batch_size):
             z = G.latents(seeds[i : i + batch_size], truncation).to(workers.device)
             images = _generate(G, z, labels[i : i + batch_size].to(workers.device), truncation)
-            moments.update(self.extractor(images))
+            moments.update(self.extractor(images).features)
         workers.sum(moments.sums)
         reference = self.reference
         tables = G.tables if G.tables and G.tables.used(truncation) else None
