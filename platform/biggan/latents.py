@@ -34,6 +34,7 @@ class Stream(IntEnum):
     D_NOISE = 8
     G_NOISE = 9
     GUARD = 10
+    MEASURES = 12
 
 
 def rng(seed: int, stream: Stream, counter: int = 0) -> np.random.Generator:
