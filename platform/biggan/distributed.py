@@ -154,7 +154,7 @@ def train(
         train_loop_config=worker_spec(config, dataset, run, scaling.cpus_per_worker),
         scaling_config=scaling.to_ray(),
         run_config=ray_run_config(config, run, max_failures=scaling.max_failures),
-        validation_config=_validation(config, dataset, run, scaling),
+        validation_config=_validation(config, dataset, run, scaling),  # type: ignore[call-arg]
     )
     result = trainer.fit()
     reason = str(result.return_value)  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def _validation(
 
 
 def evaluate_checkpoint(
-    checkpoint: ray.train.Checkpoint, *, run: str, dataset: str
+    checkpoint: ray.train.Checkpoint, run: str = "", dataset: str = "", **_kwargs: Any
 ) -> dict[str, Any]:
     """Take a checkpoint's FID beside training: a task of its own, which Ray Train starts.
 

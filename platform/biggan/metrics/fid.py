@@ -203,4 +203,5 @@ def observe(
         judged = seen.logits if judge else None
     else:
         judged = judge(images).logits
-    return Observed(*(None if t is None else t.cpu() for t in (seen.features, seen.logits, judged)))
+    logits, judged = (None if t is None else t.cpu() for t in (seen.logits, judged))
+    return Observed(seen.features.cpu(), logits, judged)

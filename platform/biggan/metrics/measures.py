@@ -63,7 +63,7 @@ def _mmd(x: Tensor, y: Tensor) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
-    """exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, arXiv 1606.03498): mean and deviation.
+    """Exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, arXiv 1606.03498): mean and deviation.
 
     From 1 to the number of classes; over `splits` parts of the images, or as many as there are
     images. They are shuffled by `seed` first, because samples often come ordered by class; None

@@ -20,11 +20,10 @@ from biggan.metrics.fid import Draw, Observed
 from biggan.metrics.frechet import Moments, frechet_distance
 from biggan.metrics.measures import (
     class_accuracy,
-    density_coverage,
     inception_score,
     intra_class_fid,
     kernel_distance,
-    precision_recall,
+    manifold,
 )
 from biggan.metrics.protocol import Protocol
 from biggan.metrics.reference import Reference
@@ -141,7 +140,7 @@ def measure_all(observed: Observed, labels: Tensor, reference: Reference) -> Fou
     if observed.logits is not None:
         score, spread = inception_score(observed.logits, SCORE_SPLITS)
         found["inception_score"] = score, {"splits": SCORE_SPLITS}, {"deviation_of_splits": spread}
-    found |= _manifold(_thin(reals), _thin(fakes))
+    found |= _manifold_measures(_thin(reals), _thin(fakes))
     found |= _by_class(observed, labels, reference)
     return found
 
@@ -162,15 +161,14 @@ def _thin(features: Tensor) -> Tensor:
     return features[torch.linspace(0, n - 1, MANIFOLD_IMAGES).round().long()]
 
 
-def _manifold(reals: Tensor, fakes: Tensor) -> Found:
+def _manifold_measures(reals: Tensor, fakes: Tensor) -> Found:
     at = {"manifold_images": [len(reals), len(fakes)]}
-    precision, recall = precision_recall(reals, fakes, NEIGHBOURS_PR)
-    density, coverage = density_coverage(reals, fakes, NEIGHBOURS_DC)
+    of = manifold(reals, fakes, NEIGHBOURS_PR, NEIGHBOURS_DC)
     return {
-        "precision": (precision, at | {"neighbours": NEIGHBOURS_PR}, {}),
-        "recall": (recall, at | {"neighbours": NEIGHBOURS_PR}, {}),
-        "density": (density, at | {"neighbours": NEIGHBOURS_DC}, {}),
-        "coverage": (coverage, at | {"neighbours": NEIGHBOURS_DC}, {}),
+        "precision": (of.precision, at | {"neighbours": NEIGHBOURS_PR}, {}),
+        "recall": (of.recall, at | {"neighbours": NEIGHBOURS_PR}, {}),
+        "density": (of.density, at | {"neighbours": NEIGHBOURS_DC}, {}),
+        "coverage": (of.coverage, at | {"neighbours": NEIGHBOURS_DC}, {}),
     }
 
 
@@ -181,10 +179,10 @@ def _by_class(observed: Observed, labels: Tensor, reference: Reference) -> Found
     within = intra_class_fid(
         reference.features, reference.labels, observed.features, labels, n_classes
     )
-    known = [value for value in within if value is not None]
-    if known:
-        at = {"classes": len(known), "reference_features": len(reference.features)}
-        found["intra_class_fid"] = statistics.fmean(known), at, {"by_class": within}
+    if within.mean is not None:
+        classes = sum(value is not None for value in within.per_class)
+        at = {"classes": classes, "reference_features": len(reference.features)}
+        found["intra_class_fid"] = within.mean, at, {"by_class": list(within.per_class)}
     if observed.judged is not None:
         found["class_accuracy"] = class_accuracy(observed.judged, labels), {}, {}
     return found
