@@ -7,6 +7,7 @@ they are a function of the seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,11 +64,11 @@ def _mmd(x: Tensor, y: Tensor) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
-    """Exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, arXiv 1606.03498): mean and deviation.
+    """Inception Score, exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, arXiv 1606.03498).
 
-    From 1 to the number of classes; over `splits` parts of the images, or as many as there are
-    images. They are shuffled by `seed` first, because samples often come ordered by class; None
-    takes them as they come.
+    From 1 to the number of classes: mean and deviation over `splits` parts of the images, or as
+    many as there are images. They are shuffled by `seed` first, because samples often come ordered
+    by class; None takes them as they come.
     """
     n = len(logits)
     splits = min(splits, n)
@@ -79,7 +80,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int | None = 0) -> t
     scores = torch.empty(splits, dtype=torch.float64)
     for i in range(splits):
         part = log_p[i * n // splits : (i + 1) * n // splits]
-        log_q = part.logsumexp(0) - torch.tensor(len(part)).log().double()
+        log_q = part.logsumexp(0) - math.log(len(part))
         scores[i] = (part.exp() * (part - log_q)).sum(1).mean().exp()
     return scores.mean().item(), scores.std(correction=0).item()
 

@@ -73,7 +73,7 @@ def inception_weights(spec: str | None = None) -> Weights:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $BIGGAN_CACHE, else $XDG_CACHE_HOME/biggan, else ~/.cache/biggan."""
+    """For downloads: $BIGGAN_CACHE, else $XDG_CACHE_HOME/biggan, else ~/.cache/biggan."""
     if own := os.environ.get("BIGGAN_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
