@@ -25,7 +25,9 @@ from biggan.checkpoint import CheckpointInfo
 from biggan.cluster import connect, largest_node
 from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
-from biggan.data.dataset import Dataset, DatasetInfo
+from biggan.data.dataset import DatasetInfo, open_dataset, read_info
+from biggan.data.reading import with_settled_mode
+from biggan.data.stream import StreamReader
 from biggan.loop import Report, TrainingLoop, print_line, reason_to_stop
 from biggan.memory import DoesNotFitError
 from biggan.metrics.extractors import check_extractor
@@ -115,7 +117,7 @@ def train(
     """
     scaling = scaling or Scaling()
     dataset = locate("datasets", config.dataset, root)
-    info = DatasetInfo.read(dataset)
+    info = read_info(config, root)
     check_fit(config, info, scaling.workers)
     run = locate("runs", name, root)
     config = open_run(run, config, info)
@@ -185,16 +187,21 @@ def train_worker(spec: dict[str, Any]) -> str:
     """One worker of a run, under Ray Train; returns why the run ended."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
     torch.set_num_threads(spec["cpus"] or _share_of_cores())
-    run = Folder(spec["run"])
+    run, workers = Folder(spec["run"]), Workers.current(get_device())
+    say = None if spec["quiet"] else print_line
+    config = RunConfig.parse(spec["config"])
+    info = read_info(config, name=spec["dataset"])
+    config = with_settled_mode(config, info, run, workers)
     loop = TrainingLoop(
-        RunConfig.parse(spec["config"]),
-        Dataset.open(spec["dataset"]),
+        config,
+        open_dataset(config, name=spec["dataset"], progress=say),
         run,
-        Workers.current(get_device()),
+        workers,
         _report_to(run),
         # Not `ray.train.get_checkpoint()`, which does not look whether it is damaged.
         resume_from=latest_checkpoint(run),
-        say=None if spec["quiet"] else print_line,
+        say=say,
+        stream=StreamReader,
     )
     try:
         return loop.run()

@@ -9,7 +9,7 @@ import torch
 
 from biggan.checkpoint import CheckpointInfo, restore_generator
 from biggan.config import RunConfig
-from biggan.data.dataset import Dataset
+from biggan.data.dataset import Dataset, open_dataset
 from biggan.errors import UserError
 from biggan.latents import ClassSampler, Stream, rng
 from biggan.layers import standing_statistics
@@ -120,7 +120,7 @@ def evaluate(
             " prepared one to compare with (dataset, --dataset)"
         )
     config = config or RunConfig()
-    data = Dataset.open(dataset or config.dataset, root)
+    data = open_dataset(config, root, name=dataset or "")
     if data.info.shape != {
         "resolution": G.resolution,
         "channels": G.channels,

@@ -2,7 +2,8 @@
 
 Only the main worker keeps a journal. A row is written every `ROW_EVERY_KIMG` and at every
 evaluation, with losses averaged since the row before; their sums are part of a checkpoint, so that
-an interrupted run writes the rows of an uninterrupted one.
+an interrupted run writes the rows of an uninterrupted one. `data_wait` in a row is the part of the
+steps' time, from 0 to 1, that went by before their inputs were there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +31,17 @@ from biggan.storage import Folder
 
 ROW_EVERY_KIMG = 1.0
 LINE_EVERY_SECONDS = 5.0
+WORTH_A_WORD = 0.05
+"""The part of the time spent waiting for images from which on the progress line says so."""
+
+
+@dataclass(frozen=True)
+class Took:
+    """How long a step took."""
+
+    seconds: float
+    waited: float
+    """Seconds of it that went by before its inputs were there."""
 
 
 class Journal:
@@ -52,6 +65,7 @@ class Journal:
         self._signal_rows = self._take_up(SIGNALS, step)
         self._tensorboard = SummaryWriter(str(self._local), purge_step=step + 1)
         self._line_time = self._start_time = time.monotonic()
+        self._seconds_since_line = self._waited_since_line = 0.0
         self._start_step = step
         what = f"resuming at {self._kimg(step):g} of" if step else "starting a run of"
         self._say(f"{run.name}: {what} {config.total_kimg:g} kimg on {config.dataset}")
@@ -70,7 +84,7 @@ class Journal:
         self,
         step: int,
         losses: dict[str, float],
-        seconds: float,
+        took: Took,
         fid: FID | None,
         standing: Standing,
         signals: Reading | None = None,
@@ -79,8 +93,11 @@ class Journal:
         window = standing.window
         if signals:
             self._signals(step, standing.guard.readings)
-        for name, value in {**losses, "steps": 1, "seconds": seconds}.items():
+        times = {"steps": 1, "seconds": took.seconds, "waited": took.waited}
+        for name, value in (losses | times).items():
             window[name] = window.get(name, 0.0) + value
+        self._seconds_since_line += took.seconds
+        self._waited_since_line += took.waited
         border = math.floor(self._kimg(step) / ROW_EVERY_KIMG)
         if fid or border > math.floor(self._kimg(step - 1) / ROW_EVERY_KIMG):
             self._row(step, fid, window)
@@ -91,8 +108,10 @@ class Journal:
     def _row(self, step: int, fid: FID | None, window: dict[str, float]) -> None:
         steps = window["steps"]
         row: dict[str, Any] = {"step": step, "kimg": self._kimg(step), "time": time.time()}
-        row |= {k: v / steps for k, v in window.items() if k not in ("steps", "seconds")}
+        times = ("steps", "seconds", "waited")
+        row |= {k: v / steps for k, v in window.items() if k not in times}
         row["images_per_second"] = steps * self.config.step_images / window["seconds"]
+        row["data_wait"] = window.get("waited", 0.0) / window["seconds"]
         if fid:
             row |= {"fid": fid.value, "fid_extractor": fid.extractor}
         self._metrics.write(json.dumps(row) + "\n")
@@ -133,6 +152,10 @@ class Journal:
             f"D {losses['loss_D']:.3f}",
             f"G {losses['loss_G']:.3f}",
         ]
+        waited = self._waited_since_line / max(self._seconds_since_line, 1e-9)
+        self._seconds_since_line = self._waited_since_line = 0.0
+        if waited > WORTH_A_WORD:
+            parts.append(f"{waited:.0%} waiting for images")
         if standing.fid is not None:
             extractor = self.config.eval.extractor
             parts.append(f"FID {standing.fid:.2f} (best {standing.best_fid:.2f}, {extractor})")

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     D_NOISE = 8
     G_NOISE = 9
     GUARD = 10
+    CLASS_ORDER = 11
+    WINDOW_ORDER = 12
 
 
 def rng(seed: int, stream: Stream, counter: int = 0) -> np.random.Generator:

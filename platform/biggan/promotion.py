@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from biggan.config import RunConfig
-from biggan.data.dataset import Dataset
+from biggan.data.dataset import open_dataset
 from biggan.errors import UserError
 from biggan.evaluation import (
     STANDING_IMAGES,
@@ -105,7 +105,7 @@ def _already_there(store: ModelStore, candidate: Candidate) -> ModelCard | None:
 
 def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | None) -> ModelCard:
     record, info = candidate.record, candidate.info
-    dataset = Dataset.open(record.config.dataset, root)
+    dataset = open_dataset(record.config, root)
     if dataset.info.fingerprint != record.dataset.fingerprint:
         raise StorageError(
             f"run {candidate.checkpoint.parent.name} was trained on other images than dataset"
