@@ -75,7 +75,7 @@ def quotas(counts: Sequence[int], balance: Balance) -> np.ndarray:
     images = np.asarray(counts, dtype=np.int64)
     weights = np.where(images > 0, images.astype(np.float64) ** _POWERS[balance], 0.0)
     exact = images.sum() * weights / weights.sum()
-    whole = np.floor(exact).astype(np.int64)
+    whole: np.ndarray = np.floor(exact).astype(np.int64)
     left = int(images.sum() - whole.sum())
     largest = np.argsort(whole - exact, kind="stable")[:left]
     whole[largest] += 1
