@@ -34,7 +34,7 @@ from train_step import parse_overrides, positive
 
 import biggan
 from biggan.config import RunConfig
-from biggan.data.dataset import Dataset, DatasetInfo
+from biggan.data.dataset import DatasetInfo, open_dataset
 from biggan.distributed import Scaling, check_fit
 from biggan.errors import UserError
 from biggan.loop import KeepCheckpoints, TrainingLoop
@@ -65,7 +65,7 @@ def under_torchrun(task: dict[str, Any]) -> None:
     run = locate("runs", task["name"], task["root"])
     loop = TrainingLoop(
         config,
-        Dataset.open(config.dataset),
+        open_dataset(config),
         run,
         Workers.current(),
         KeepCheckpoints(run, config.checkpoint.keep),

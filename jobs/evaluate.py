@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from biggan.commands import parse, run_command
+from biggan.data.parts import Split
 from biggan.evaluation import evaluate
-from biggan.metrics.protocol import Split
 from biggan.metrics.report import Evaluation, summary
 
 

@@ -172,7 +172,7 @@ def digits(cluster, storage):
 
 
 def train_here(
-    config: RunConfig, run: Folder, dataset: Dataset, stop_after: int = 0, say=None
+    config: RunConfig, run: Folder, dataset: Dataset, stop_after: int = 0, say=None, stream=None
 ) -> str:
     """Train in this process, resuming from the run's latest checkpoint; no Ray.
 
@@ -190,7 +190,10 @@ def train_here(
 
     alone = Workers(0, 1, CPU)
     latest = latest_checkpoint(run)
-    return TrainingLoop(config, dataset, run, alone, report, resume_from=latest, say=say).run()
+    loop = TrainingLoop(
+        config, dataset, run, alone, report, resume_from=latest, say=say, stream=stream
+    )
+    return loop.run()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ WITH_RAY = {
     "cluster",
     "commands",
     "data.preparation",
+    "data.stream",
     "distributed",
     "generation",
     "search",

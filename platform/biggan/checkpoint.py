@@ -55,7 +55,8 @@ class Standing(BaseModel):
     seconds: float = 0.0
     """Time spent training and evaluating, over all interruptions."""
     window: dict[str, float] = {}
-    """Losses summed since the last row of metrics, and `steps` and `seconds` in them."""
+    """Losses summed since the last row of metrics, and the `steps` in them, their `seconds`, and
+    those `waited` for inputs."""
     guard: GuardState = GuardState()
     """What the guard against collapse remembers."""
     rollbacks: list[Rollback] = []

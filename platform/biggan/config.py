@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -156,11 +157,42 @@ class EMAConfig(Section):
     """Before this many thousand images the average is a plain copy of G (``ema_start``)."""
 
 
+def _yaml_off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 takes a bare off for a boolean.
+
+
 class DataConfig(Section):
-    """How images are shown to D."""
+    """Which images are shown to D, how often, and how they get there."""
 
     flip: bool = False
     """Mirror half of the real images left to right. Wrong for text, digits and most scans."""
+    classes: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
+    """Names of the classes to train on; the generator then knows no others. None is all."""
+    balance: Annotated[Literal["off", "sqrt", "uniform"], BeforeValidator(_yaml_off)] = "off"
+    """How often each class is shown, real and fake: as it occurs; in proportion to the square root
+    of its images, for long tails; or all equally often. FID's labels stay as they occur."""
+    mode: Literal["auto", "memory", "stream"] = "auto"
+    """memory: decoded once a machine, and mapped; stream: decoded in passing, by Ray Data; auto:
+    memory where that fits, settled when a run begins. The order differs between the two."""
+    window_mib: float = Field(512.0, gt=0)
+    """Decoded images among which stream shuffles, in MiB; one stored part at least."""
+
+    @model_validator(mode="after")
+    def _no_balance_in_a_stream(self) -> Self:
+        if self.mode == "stream" and self.balance != "off":
+            raise ValueError(
+                f"data.balance {self.balance!r} picks images from all of the dataset, which"
+                " data.mode 'stream' never has at hand: set data.mode to memory, or data.balance"
+                " to off"
+            )
+        return self
+
+    @field_validator("classes")
+    @classmethod
+    def _each_class_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"class {twice[0]!r} is named twice: name each once")
+        return names
 
 
 class AugmentConfig(Section):
@@ -178,10 +210,6 @@ class AugmentConfig(Section):
     """What ada holds the mean sign of D's logits on real images at."""
     ada_kimg: float = Field(500.0, gt=0)
     """Thousand images in which ada's probability can go from 0 to 1."""
-
-
-def _yaml_off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML 1.1 takes a bare off for a boolean.
 
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]

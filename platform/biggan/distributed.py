@@ -34,7 +34,9 @@ from biggan.checkpoint import CheckpointInfo, note_fid
 from biggan.cluster import connect, largest_node, own_device
 from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
-from biggan.data.dataset import Dataset, DatasetInfo
+from biggan.data.dataset import DatasetInfo, open_dataset, read_info
+from biggan.data.reading import with_settled_mode
+from biggan.data.stream import StreamReader
 from biggan.evaluation import ensure_reference
 from biggan.journal import sheet_file
 from biggan.loop import (
@@ -141,14 +143,14 @@ def train(
     """
     scaling = scaling or Scaling()
     dataset = locate("datasets", config.dataset, root)
-    info = DatasetInfo.read(dataset)
+    info = read_info(config, root)
     check_fit(config, info, scaling.workers)
     run = locate("runs", name, root)
     config = open_run(run, config, info)
     if over := _already_over(config, run):
         return RunResult(run, over)
     connect()
-    ensure_reference(config.eval, dataset)
+    ensure_reference(config, dataset)
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stated types lag behind Train V2.
         train_loop_config=worker_spec(config, dataset, run, scaling.cpus_per_worker),
@@ -197,7 +199,7 @@ def evaluate_checkpoint(
     config, G, kimg = candidate.record.config, candidate.G, candidate.info.images_seen / 1000
     fid = measure(
         G,
-        Dataset.open(dataset),
+        open_dataset(config, name=dataset),
         config.eval,
         num_samples=config.eval.num_samples,
         batch_size=evaluation_batch(config, G),
@@ -261,16 +263,21 @@ def train_worker(spec: dict[str, Any]) -> str:
     """One worker of a run, under Ray Train; returns why the run ended."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
     torch.set_num_threads(spec["cpus"] or _share_of_cores())
-    run = Folder(spec["run"])
+    run, workers = Folder(spec["run"]), Workers.current(get_device())
+    say = None if spec["quiet"] else print_line
+    config = RunConfig.parse(spec["config"])
+    info = read_info(config, name=spec["dataset"])
+    config = with_settled_mode(config, info, run, workers)
     loop = TrainingLoop(
-        RunConfig.parse(spec["config"]),
-        Dataset.open(spec["dataset"]),
+        config,
+        open_dataset(config, name=spec["dataset"], progress=say),
         run,
-        Workers.current(get_device()),
+        workers,
         _report_to(run),
         # Not `ray.train.get_checkpoint()`, which does not look whether it is damaged.
         resume_from=latest_checkpoint(run),
-        say=None if spec["quiet"] else print_line,
+        say=say,
+        stream=StreamReader,
         evaluated_beside=True,
     )
     try:

@@ -20,11 +20,11 @@ import torch
 from biggan.candidates import load_checkpoint
 from biggan.cluster import connect, largest_node, own_device
 from biggan.config import EvalConfig, RunConfig
-from biggan.data.dataset import Dataset, Progress
+from biggan.data.dataset import Dataset, Progress, open_dataset
+from biggan.data.parts import Split
 from biggan.errors import UserError
 from biggan.metrics.extractors import CLASSIFIER_FILE, Extractor, load_extractor
 from biggan.metrics.fid import Draw, Observed, observe, open_evaluator, open_extractor
-from biggan.metrics.protocol import Split
 from biggan.metrics.report import Evaluation, joined, report
 from biggan.models import ModelStore, find_model, load_card, load_generator
 from biggan.networks import Generator
@@ -107,12 +107,15 @@ def evaluate(
     data = _open_fitting(config, subject.G, root)
     if workers is not None:
         connect()
-        ensure_reference(config.eval, data.folder)
+        ensure_reference(config, data.folder)
     evaluator = open_evaluator(data, config.eval, device)
     settings = config.eval.num_samples, subject.G.sample_batch, truncation
     draws = [Draw(evaluator.counts, *settings, repeat) for repeat in range(repeats)]
     task = Task(subject.G, config.eval, data.folder)
-    passes = [(draw, joined(list(task.observe(draw, workers, progress)))) for draw in draws]
+    passes = [
+        (draw, joined(list(task.observe(draw, workers, progress))).among(data.class_ids))
+        for draw in draws
+    ]
     protocol = evaluator.protocol(subject.G, draws[0], subject.standing)
     evaluation = report(subject.name, passes, evaluator.reference, protocol)
     _keep(subject, evaluation)
@@ -145,7 +148,7 @@ def _find(
 
 def _open_fitting(config: RunConfig, G: Generator, root: str | None) -> Dataset:
     """The dataset to compare with; raises `StorageError` unless it is the generator's kind."""
-    data = Dataset.open(config.dataset, root)
+    data = open_dataset(config, root)
     shape = {"resolution": G.resolution, "channels": G.channels, "n_classes": G.n_classes}
     if data.info.shape != shape:
         raise StorageError(
@@ -232,15 +235,16 @@ def _equip_once(shared: Any) -> tuple[Generator, Extractor, Extractor | None]:
     return ray.get(shared)._equip(own_device())  # type: ignore[no-any-return]
 
 
-def ensure_reference(config: EvalConfig, dataset: Folder) -> None:
-    """See to it that a dataset has the reference that evaluations will ask for.
+def ensure_reference(config: RunConfig, dataset: Folder) -> None:
+    """See to it that a dataset has the reference that a run's evaluations will ask for.
 
     It is measured on the cluster: where there are GPUs, on one of them.
     """
-    if config.extractor != "classifier":  # That one's is made at preparation.
+    # That of all images by the classifier is made at preparation.
+    if config.eval.extractor != "classifier" or config.data.classes:
         remote, _ = _on_cluster(_ensure_reference_here)
         ray.get(remote(config, dataset))
 
 
-def _ensure_reference_here(config: EvalConfig, dataset: Folder) -> None:
-    open_evaluator(Dataset.open(dataset.uri), config, own_device())
+def _ensure_reference_here(config: RunConfig, dataset: Folder) -> None:
+    open_evaluator(open_dataset(config, name=dataset.uri), config.eval, own_device())

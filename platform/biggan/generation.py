@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import ray.data
 
 from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
-from biggan.data.dataset import Progress, encode
+from biggan.data.dataset import Progress
+from biggan.data.parts import encode
 from biggan.errors import UserError
 from biggan.models import find_model, load_generator
 from biggan.pixels import to_pil

@@ -2,7 +2,9 @@
 
 Only the main worker keeps a journal. A row is written every `ROW_EVERY_KIMG` and at every
 evaluation, with losses averaged since the row before; their sums are part of a checkpoint, so that
-an interrupted run writes the rows of an uninterrupted one.
+an interrupted run writes the rows of an uninterrupted one. `data_wait` in a row is the part of the
+steps' time, from 0 to 1, that went by before their inputs were there; `stall` is the part of all time
+since the row before that passed outside of steps: evaluations, checkpoints, reports.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +32,17 @@ from biggan.storage import Folder
 
 ROW_EVERY_KIMG = 1.0
 LINE_EVERY_SECONDS = 5.0
+WORTH_A_WORD = 0.05
+"""The part of the time spent waiting for images from which on the progress line says so."""
+
+
+@dataclass(frozen=True)
+class Took:
+    """How long a step took."""
+
+    seconds: float
+    waited: float
+    """Seconds of it that went by before its inputs were there."""
 
 
 def sheet_file(kimg: float) -> str:
@@ -57,6 +71,8 @@ class Journal:
         self._signal_rows = self._take_up(SIGNALS, step)
         self._tensorboard = SummaryWriter(str(self._local), purge_step=step + 1)
         self._line_time = self._start_time = time.monotonic()
+        self._seconds_since_line = self._waited_since_line = 0.0
+        self._row_time, self._seconds_since_row = self._start_time, 0.0
         self._start_step = step
         what = f"resuming at {self._kimg(step):g} of" if step else "starting a run of"
         self._say(f"{run.name}: {what} {config.total_kimg:g} kimg on {config.dataset}")
@@ -75,7 +91,7 @@ class Journal:
         self,
         step: int,
         losses: dict[str, float],
-        seconds: float,
+        took: Took,
         fid: FID | None,
         standing: Standing,
         signals: Reading | None = None,
@@ -88,8 +104,12 @@ class Journal:
         window = standing.window
         if signals:
             self._signals(step, standing.guard.readings)
-        for name, value in {**losses, "steps": 1, "seconds": seconds}.items():
+        times = {"steps": 1, "seconds": took.seconds, "waited": took.waited}
+        for name, value in (losses | times).items():
             window[name] = window.get(name, 0.0) + value
+        self._seconds_since_line += took.seconds
+        self._seconds_since_row += took.seconds
+        self._waited_since_line += took.waited
         border = math.floor(self._kimg(step) / ROW_EVERY_KIMG)
         if evaluated or border > math.floor(self._kimg(step - 1) / ROW_EVERY_KIMG):
             self._row(step, fid, window)
@@ -100,8 +120,11 @@ class Journal:
     def _row(self, step: int, fid: FID | None, window: dict[str, float]) -> None:
         steps = window["steps"]
         row: dict[str, Any] = {"step": step, "kimg": self._kimg(step), "time": time.time()}
-        row |= {k: v / steps for k, v in window.items() if k not in ("steps", "seconds")}
+        times = ("steps", "seconds", "waited")
+        row |= {k: v / steps for k, v in window.items() if k not in times}
         row["images_per_second"] = steps * self.config.step_images / window["seconds"]
+        row["data_wait"] = window.get("waited", 0.0) / window["seconds"]
+        row["stall"] = self._stall()
         if fid:
             row |= fid_row(fid)
         self._metrics.write(json.dumps(row) + "\n")
@@ -110,6 +133,13 @@ class Journal:
             if name not in ("step", "time", "fid_extractor", "fid_protocol"):
                 tag = f"fid/{fid.protocol.extractor}" if fid and name == "fid" else name
                 self._tensorboard.add_scalar(tag, value, step)
+
+    def _stall(self) -> float:
+        """The part of the time since the row before that no step was being taken in, 0 to 1."""
+        now = time.monotonic()
+        elapsed, stepping = now - self._row_time, self._seconds_since_row
+        self._row_time, self._seconds_since_row = now, 0.0
+        return max(0.0, 1 - stepping / elapsed)
 
     def _signals(self, step: int, readings: list[Reading]) -> None:
         now = readings[-1]
@@ -142,6 +172,10 @@ class Journal:
             f"D {losses['loss_D']:.3f}",
             f"G {losses['loss_G']:.3f}",
         ]
+        waited = self._waited_since_line / max(self._seconds_since_line, 1e-9)
+        self._seconds_since_line = self._waited_since_line = 0.0
+        if waited > WORTH_A_WORD:
+            parts.append(f"{waited:.0%} waiting for images")
         if standing.fid is not None:
             extractor = self.config.eval.extractor
             parts.append(f"FID {standing.fid:.2f} (best {standing.best_fid:.2f}, {extractor})")

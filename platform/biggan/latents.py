@@ -34,7 +34,9 @@ class Stream(IntEnum):
     D_NOISE = 8
     G_NOISE = 9
     GUARD = 10
+    CLASS_ORDER = 11
     MEASURES = 12
+    WINDOW_ORDER = 13
 
 
 def rng(seed: int, stream: Stream, counter: int = 0) -> np.random.Generator:

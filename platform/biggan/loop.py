@@ -21,10 +21,11 @@ from torch import nn
 from biggan import checkpoint
 from biggan.checkpoint import CheckpointInfo, Rollback, Standing
 from biggan.config import ConfigError, RunConfig
-from biggan.data.batches import Batches
+from biggan.data.batches import Batches, Prefetch
 from biggan.data.dataset import Dataset, Progress
+from biggan.data.reading import OpenStream
 from biggan.guard import Guard
-from biggan.journal import Journal
+from biggan.journal import Journal, Took
 from biggan.memory import (
     DoesNotFitError,
     free_unused_memory,
@@ -48,7 +49,7 @@ from biggan.runs import (
     remember_rollbacks,
 )
 from biggan.storage import Folder
-from biggan.training import TrainStep, build
+from biggan.training import StepInputs, TrainStep, build
 
 WORST_FID = 1e6
 """Stands for the FID of a run that diverged, and of a checkpoint that was not evaluated: finite,
@@ -142,12 +143,14 @@ class TrainingLoop:
         report: Report,
         resume_from: Folder | None = None,
         say: Progress | None = print_line,
+        stream: OpenStream | None = None,
         evaluated_beside: bool = False,
     ) -> None:
         """`say` receives progress lines, on the main worker; None is silence.
 
-        `evaluated_beside`: whoever takes the reports sees to the FID of checkpoints that await one.
-        Raises `ConfigError` if the configuration does not fit the dataset or the workers.
+        `stream` reads what is not to be in memory; `evaluated_beside`: whoever takes the reports
+        sees to the FID of checkpoints that await one. Raises `ConfigError` if the configuration
+        does not fit the dataset or the workers.
         """
         if config.eval.mode == "async" and not evaluated_beside:
             raise ConfigError(
@@ -164,6 +167,9 @@ class TrainingLoop:
         self.run_folder = run
         self.dataset = dataset
         self.say = say
+        self.stream = stream
+        self.prefetch: Prefetch | None = None
+        self.waited = 0.0
         self.standing = Standing()
         self._begin(resume_from)
         self.guard = Guard(config, dataset, workers)
@@ -176,6 +182,7 @@ class TrainingLoop:
         """Take up a checkpoint, or start anew: networks, optimizers, and where the run stands."""
         for name in ("train_step", "state"):  # There may be no room for two.
             self.__dict__.pop(name, None)
+        self._stop_prefetching()
         free_unused_memory()
         self.state = build(self.config, **self.dataset.info.shape, device=self.workers.device)
         standing = checkpoint.restore(resume_from, self.state) if resume_from else Standing()
@@ -187,7 +194,8 @@ class TrainingLoop:
         for optimizer in (self.state.optim_G, self.state.optim_D):
             for group in optimizer.param_groups:
                 group["lr"] *= factor
-        self.batches = Batches(self.config, self.dataset, self.workers)
+        batches = Batches(self.config, self.dataset, self.workers, self.stream)
+        self.prefetch = Prefetch(batches)
         self.train_step = TrainStep(self.config, self.state, self.workers)
 
     def _open_journal(self) -> Journal | None:
@@ -195,12 +203,23 @@ class TrainingLoop:
             return None
         return Journal(self.config, self.run_folder, self.state.step, self.say)
 
+    def _stop_prefetching(self) -> None:
+        if self.prefetch:
+            self.prefetch.close()
+            self.prefetch = None
+
     def run(self) -> str:
         """Train to the end; returns why it ended.
 
         "finished", "patience", "diverged: ..." or "collapsed: ...". Raises `DoesNotFitError` if a
         micro-batch does not fit in memory.
         """
+        try:
+            return self._run()
+        finally:
+            self._stop_prefetching()
+
+    def _run(self) -> str:
         if reason := self._reason_to_stop():  # It had ended, but that may not have been heard of.
             self.report(self._metrics(WORST_FID, reason), None)
         while not (reason := self._reason_to_stop()):
@@ -231,7 +250,8 @@ class TrainingLoop:
         due = self._due(self.config.eval.every_kimg)
         fid = self._evaluate(self.evaluator) if due and self.evaluator else None
         if self.journal:
-            self.journal.step(self.state.step, measured, seconds, fid, self.standing, signals, due)
+            took = Took(seconds, self.waited)
+            self.journal.step(self.state.step, measured, took, fid, self.standing, signals, due)
         if collapse and self.config.guard != "off":
             raise CollapsedError(f"{collapse}, at {self.state.kimg:g} kimg")
         if due or self._due(self.config.checkpoint.every_kimg):
@@ -328,7 +348,7 @@ class TrainingLoop:
 
     def _step(self) -> dict[str, float]:
         try:
-            local = self.train_step(self.batches.inputs(self.state.step))
+            local = self.train_step(self._inputs())
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise StepOutOfMemoryError(str(error).splitlines()[0]) from None
@@ -341,6 +361,14 @@ class TrainingLoop:
             if not math.isfinite(value):
                 raise DivergedError(f"{name} is {value} at step {self.state.step}")
         return losses
+
+    def _inputs(self) -> StepInputs:
+        """The next step's inputs; notes how long they kept it waiting."""
+        assert self.prefetch, "a run that is over takes no steps"
+        begin = time.monotonic()
+        inputs = self.prefetch.inputs(self.state.step)
+        self.waited = time.monotonic() - begin
+        return inputs
 
     def _evaluate(self, evaluator: Evaluator) -> FID:
         self._check_weights()

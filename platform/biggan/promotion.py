@@ -18,7 +18,7 @@ from biggan.candidates import (
     load_checkpoint,
 )
 from biggan.config import RunConfig
-from biggan.data.dataset import Dataset
+from biggan.data.dataset import open_dataset
 from biggan.errors import UserError
 from biggan.metrics.fid import measure
 from biggan.metrics.protocol import differences, digest
@@ -113,7 +113,7 @@ def _already_there(store: ModelStore, candidate: Candidate) -> ModelCard | None:
 
 def _export(store: ModelStore, candidate: Candidate, licence: str, root: str | None) -> ModelCard:
     record, info = candidate.record, candidate.info
-    dataset = Dataset.open(record.config.dataset, root)
+    dataset = open_dataset(record.config, root)
     if dataset.info.fingerprint != record.dataset.fingerprint:
         raise StorageError(
             f"run {candidate.checkpoint.parent.name} was trained on other images than dataset"

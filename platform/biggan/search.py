@@ -24,7 +24,9 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUnifo
 
 from biggan.cluster import connect, largest_node, own_device
 from biggan.config import ConfigError, RunConfig
-from biggan.data.dataset import Dataset, DatasetInfo
+from biggan.data.dataset import DatasetInfo, open_dataset, read_info
+from biggan.data.reading import with_settled_mode
+from biggan.data.stream import StreamReader
 from biggan.distributed import Scaling, check_fit, ray_run_config, train_worker, worker_spec
 from biggan.evaluation import EVALUATION, ensure_reference, evaluate
 from biggan.loop import KeepCheckpoints, Report, TrainingLoop
@@ -40,6 +42,7 @@ Space = Mapping[str, Domain | str]
 PLAN = "sweep.json"
 SHARED = {
     "dataset",
+    "data.classes",
     "total_kimg",
     "eval.every_kimg",
     "eval.num_samples",
@@ -167,12 +170,12 @@ def sweep(
         for key, value in (space or default_space(config)).items()
     }
     dataset = locate("datasets", config.dataset, root)
-    info = DatasetInfo.read(dataset)
+    info = read_info(config, root)
     _check_space(config, domains, info, search)
     folder = locate("sweeps", name, root)
     _open_plan(folder, config, domains, search, info)
     connect()
-    ensure_reference(config.eval, dataset)
+    ensure_reference(config, dataset)
     _quiet_tune()
     trial = _trial(config, dataset, info, folder, search)
     if tune.Tuner.can_restore(folder.uri):
@@ -282,14 +285,17 @@ def _trial(
 
     def in_process(values: dict[str, Any]) -> None:
         run, trial_config = _begin_trial(config, info, folder, values)
+        workers = Workers(0, 1, own_device())
+        trial_config = with_settled_mode(trial_config, info, run, workers)
         TrainingLoop(
             trial_config,
-            Dataset.open(dataset.uri),
+            open_dataset(trial_config, name=dataset.uri),
             run,
-            Workers(0, 1, own_device()),
+            workers,
             _report_keeping(run, trial_config.checkpoint.keep),
             resume_from=latest_checkpoint(run),
             say=None,
+            stream=StreamReader,
         ).run()
 
     def in_group(values: dict[str, Any]) -> None:

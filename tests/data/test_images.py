@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biggan.data.dataset import decode, encode
 from biggan.data.images import MAX_PIXELS, ImageError, standardize
+from biggan.data.parts import decode, encode
 
 
 def reopened(image, file_format="PNG", **options):

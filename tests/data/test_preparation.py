@@ -12,7 +12,8 @@ import torch
 from conftest import job
 from PIL import Image
 
-from biggan.data.dataset import Dataset, DatasetInfo, ShuffledOrder
+from biggan.data.dataset import Dataset, DatasetInfo
+from biggan.data.order import ShuffledOrder
 from biggan.data.preparation import Preparation, PreparationError, prepare, write_shard
 from biggan.data.sources import SourceError, open_source
 from biggan.data.sources.folders import ClassFolders

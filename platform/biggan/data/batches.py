@@ -1,10 +1,15 @@
 """What each training step consumes: real images in order, and latents, this worker's share of them.
 
 Draws are made for the whole batch and then shared out, so that two workers of 32 see together
-exactly what one worker of 64 sees.
+exactly what one worker of 64 sees. Images travel to the device as bytes, and are scaled and
+mirrored there.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +17,10 @@ from torch import Tensor
 
 from biggan.augmentation import NOISE
 from biggan.config import ConfigError, RunConfig
-from biggan.data.dataset import Dataset, ShuffledOrder
-from biggan.latents import Stream, rng
+from biggan.data.dataset import Dataset
+from biggan.data.order import quotas
+from biggan.data.reading import OpenStream, open_reader
+from biggan.latents import ClassSampler, Stream, rng
 from biggan.parallel import Workers
 from biggan.pixels import from_uint8
 from biggan.training import Fakes, Reals, StepInputs
@@ -31,25 +38,78 @@ def check_batch(config: RunConfig, workers: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """Real images on the device as they are stored, with what is still to be done to them."""
+
+    images: Tensor
+    """uint8 `[n, C, H, W]`."""
+    mirror: Tensor | None
+    """Which of them to mirror: bool `[n]`; None if that is off."""
+    labels: Tensor
+    noise: Tensor | None
+
+    def to_reals(self) -> Reals:
+        """The images as D sees them."""
+        images = from_uint8(self.images)
+        if self.mirror is not None:
+            images = torch.where(self.mirror[:, None, None, None], images.flip(3), images)
+        return Reals(images, self.labels, self.noise)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A step's inputs as they arrive on the device."""
+
+    d: list[list[tuple[Bytes, Fakes]]]
+    g: list[Fakes]
+
+    def to_inputs(self) -> StepInputs:
+        """The inputs, ready for use."""
+        return StepInputs(
+            d=[[(real.to_reals(), fakes) for real, fakes in batch] for batch in self.d], g=self.g
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All that it consists of."""
+        parts = [part for batch in self.d for pair in batch for part in pair] + self.g
+        return [t for part in parts for t in vars(part).values() if t is not None]
+
+
 class Batches:
     """Makes the inputs of any step; a pure function of configuration, dataset and step number."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, workers: Workers) -> None:
-        """Raises `ConfigError` if the batch does not divide among workers and accumulation."""
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        workers: Workers,
+        stream: OpenStream | None = None,
+    ) -> None:
+        """Raises `ConfigError` if the batch does not divide among workers and accumulation.
+
+        `stream` serves a dataset that is not to be in memory; without it that is a `ConfigError`.
+        """
         check_batch(config, workers.size)
         self.config = config
-        self.dataset = dataset
         self.workers = workers
-        self.order = ShuffledOrder(len(dataset), config.seed)
         accumulation = config.optim.accumulation
         each = config.optim.batch_size // (accumulation * workers.size)
         # Micro-batch k of all workers together is the k-th slice of the batch, so that batch-norm
         # moments do not depend on the number of workers.
         starts = [(k * workers.size + workers.rank) * each for k in range(accumulation)]
         self.slices = [slice(start, start + each) for start in starts]
+        share = np.concatenate([np.arange(part.start, part.stop) for part in self.slices])
+        self.reader = open_reader(config, dataset, share, stream)
+        counts = torch.bincount(dataset.labels, minlength=len(dataset.info.classes))
+        self.class_sampler = ClassSampler(quotas(counts.tolist(), config.data.balance).tolist())
 
     def inputs(self, step: int) -> StepInputs:
         """This worker's share of what step number `step` (from 0) consumes."""
+        return self.load(step).to_inputs()
+
+    def load(self, step: int) -> Loaded:
+        """The same, but for what is left to the device."""
         config, optim = self.config, self.config.optim
         flips, latents, noise, g_latents, g_noise = (
             rng(config.seed, stream, step)
@@ -66,32 +126,34 @@ class Batches:
             position = step * config.step_images + k * optim.batch_size
             reals = self._reals(position, flips, noise)
             d.append(list(zip(reals, self._fakes(latents, noise), strict=True)))
-        return StepInputs(d=d, g=self._fakes(g_latents, g_noise))
+        return Loaded(d=d, g=self._fakes(g_latents, g_noise))
+
+    def close(self) -> None:
+        """Let go of what reads ahead."""
+        self.reader.close()
 
     def _reals(
         self, position: int, flips: np.random.Generator, noise: np.random.Generator
-    ) -> list[Reals]:
-        indices = self.order.indices(position, self.config.optim.batch_size)
-        flipped = flips.random(len(indices)) < 0.5
+    ) -> list[Bytes]:
+        flipped = torch.from_numpy(flips.random(self.config.optim.batch_size) < 0.5)
         drawn = self._noise(noise)
+        images, labels = self.reader.read(position)
+        each = len(images) // len(self.slices)
+        parts = zip(images.split(each), labels.split(each), self.slices, drawn, strict=True)
         return [
-            self._load(indices[part], flipped[part], some)
-            for part, some in zip(self.slices, drawn, strict=True)
+            Bytes(
+                self._here(image),
+                self._here(flipped[part]) if self.config.data.flip else None,
+                self._here(label),
+                some,
+            )
+            for image, label, part, some in parts
         ]
-
-    def _load(self, indices: np.ndarray, flipped: np.ndarray, noise: Tensor | None) -> Reals:
-        device = self.workers.device
-        index = torch.from_numpy(indices)
-        images = from_uint8(self.dataset.images[index].to(device, non_blocking=True))
-        if self.config.data.flip:
-            mirror = torch.from_numpy(flipped).to(device)[:, None, None, None]
-            images = torch.where(mirror, images.flip(3), images)
-        return Reals(images, self.dataset.labels[index].to(device), noise)
 
     def _fakes(self, latents: np.random.Generator, noise: np.random.Generator) -> list[Fakes]:
         n, z_dim = self.config.optim.batch_size, self.config.model.z_dim
         z = torch.from_numpy(latents.standard_normal((n, z_dim), dtype=np.float32))
-        labels = self.dataset.class_sampler.draw(latents, n)
+        labels = self.class_sampler.draw(latents, n)
         return [
             Fakes(self._here(z[part]), self._here(labels[part]), some)
             for part, some in zip(self.slices, self._noise(noise), strict=True)
@@ -105,4 +167,50 @@ class Batches:
         return [self._here(torch.from_numpy(drawn[part])) for part in self.slices]
 
     def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.workers.device, non_blocking=True)
+        if self.workers.device.type != "cuda":
+            return tensor.to(self.workers.device)
+        # Only from pinned memory does a copy run beside what the device computes.
+        return tensor.pin_memory().to(self.workers.device, non_blocking=True)
+
+
+class Prefetch:
+    """Hands out steps' inputs; a thread makes the next step's while the device computes.
+
+    Which step comes next is a guess, that may be wrong after a rollback: then nothing is gained.
+    What goes wrong in the thread is raised where the inputs are asked for.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        """Nothing is begun before the first step is asked for."""
+        self.batches = batches
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[Loaded]] | None = None
+        device = batches.workers.device
+        # Copies go through a stream of their own, beside the kernels of the step before.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def inputs(self, step: int) -> StepInputs:
+        """What `Batches.inputs` gives."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != step:
+            if ahead:
+                ahead[1].cancel()
+            ahead = (step, self._thread.submit(self._load, step))
+        loaded = ahead[1].result()
+        self._ahead = (step + 1, self._thread.submit(self._load, step + 1))
+        if self._copies:
+            for tensor in loaded.tensors():  # Not to be used anew before this step is through.
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return loaded.to_inputs()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.batches.close()
+
+    def _load(self, step: int) -> Loaded:
+        with torch.cuda.stream(self._copies) if self._copies else nullcontext():
+            loaded = self.batches.load(step)
+            if self._copies:
+                self._copies.synchronize()  # Here, and not where the step waits.
+            return loaded

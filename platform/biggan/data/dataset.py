@@ -1,4 +1,4 @@
-"""A prepared dataset: its description, its images in memory, and the order they are shown in.
+"""A prepared dataset: its description, its images, and which of its classes a run trains on.
 
 `datasets/NAME/` holds `dataset.json` (a `DatasetInfo`), `part-*.parquet` with columns `image`
 (bytes), `label` (int32) and `source` (string), and `reference/` with the statistics that FID
@@ -7,22 +7,28 @@ compares against. `biggan.data.preparation` writes it.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from biggan.latents import ClassSampler, Stream, rng
+from biggan.config import ConfigError, RunConfig
+from biggan.data import decoded
+from biggan.data.parts import Split, StoredImages, part_sizes, read_labels
+from biggan.latents import ClassSampler
 from biggan.storage import Folder, StorageError, locate
 
 DESCRIPTION = "dataset.json"
+
+Progress = Callable[[str], None]
+"""Receives a line of progress for people."""
 
 
 class Rejected(BaseModel):
@@ -75,6 +81,47 @@ class DatasetInfo(BaseModel):
             "n_classes": len(self.classes),
         }
 
+    @property
+    def is_subset(self) -> bool:
+        """Whether this describes some classes of a dataset alone."""
+        return "subset_of" in self.source
+
+    def subset(self, names: Sequence[str]) -> Self:
+        """The description of some classes alone, in the dataset's order; of all if none is named.
+
+        Its fingerprint is made of the whole dataset's and the names. What was rejected, duplicates
+        and sizes stay those of the whole. Raises `ConfigError` for a class that there is not.
+        """
+        for name in names:
+            if name not in self.classes:
+                raise ConfigError(
+                    f"data.classes: the dataset has no class {name!r}{self._near(name)}"
+                )
+        ids = [k for k, name in enumerate(self.classes) if name in names]
+        if not names or len(ids) == len(self.classes):
+            return self
+        kept = [self.classes[k] for k in ids]
+
+        def derived(fingerprint: str) -> str:
+            return hashlib.sha256(json.dumps([fingerprint, kept]).encode()).hexdigest()
+
+        return self.model_copy(
+            update={
+                "classes": kept,
+                "counts": [self.counts[k] for k in ids],
+                "held_out": [self.held_out[k] for k in ids] if self.held_out else [],
+                "fingerprint": derived(self.fingerprint),
+                "held_out_fingerprint": self.held_out_fingerprint
+                and derived(self.held_out_fingerprint),
+                "source": self.source | {"classes": kept, "subset_of": self.fingerprint},
+            }
+        )
+
+    def _near(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.classes, n=1)
+        known = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
+        return f": did you mean {near[0]!r}?" if near else f"; it has {known}"
+
     @classmethod
     def read(cls, folder: Folder) -> Self:
         """Read a dataset's description; raises `StorageError` if there is no whole dataset."""
@@ -89,33 +136,44 @@ class DatasetInfo(BaseModel):
             raise StorageError(f"{folder}/{DESCRIPTION} is damaged: {error}") from None
 
 
+Mode = Literal["memory", "stream"]
+"""memory: decoded once and mapped; stream: left in the parts, to be decoded in passing."""
+Images = Tensor | StoredImages
+"""uint8 `[N, C, H, W]`, in memory or in storage; indexed and split alike."""
+
+
 class Dataset:
-    """A prepared dataset with its images decoded in memory."""
+    """The images of a prepared dataset, or of some of its classes, with their labels."""
 
     def __init__(
         self,
         info: DatasetInfo,
-        images: Tensor,
         labels: Tensor,
-        folder: Folder,
-        split: Literal["train", "held_out"] = "train",
+        stored: StoredImages,
+        *,
+        class_ids: Sequence[int],
+        split: Split,
+        mode: Mode,
+        key: str,
+        progress: Progress | None,
     ) -> None:
-        """`images` is uint8 `[N, C, H, W]`, `labels` int64 `[N]`."""
+        """`labels` are int64 `[N]`; `key` names what is decoded, of which `progress` is told."""
         self.info = info
-        self.images = images
         self.labels = labels
-        self.folder = folder
+        self.stored = stored
+        self.class_ids = list(class_ids)
+        """What number each of its classes has in the whole dataset."""
         self.split = split
-        self.class_ids: list[int] | None = None
-        self.class_sampler = ClassSampler(info.counts)
+        self.mode = mode
+        self.folder = stored.folder
+        self.counts = info.counts if split == "train" else info.held_out
+        """Images of each class in this part of the dataset."""
+        self.class_sampler = ClassSampler(self.counts)
+        self._key = key
+        self._progress = progress
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def counts(self) -> list[int]:
-        """Images of each class in this part of the dataset."""
-        return self.info.counts if self.split == "train" else self.info.held_out
 
     @property
     def fingerprint(self) -> str:
@@ -123,97 +181,96 @@ class Dataset:
         held_out = self.split == "held_out"
         return self.info.held_out_fingerprint if held_out else self.info.fingerprint
 
-    def of_split(self, split: Literal["train", "held_out"]) -> Dataset:
-        """Another part of the same dataset."""
-        raise NotImplementedError
+    def of_split(self, split: Split) -> Dataset:
+        """Another part of the same dataset, read in the same way."""
+        classes, mode = self.info.classes, self.mode
+        return Dataset.open(self.folder.uri, split=split, classes=classes, mode=mode)
+
+    @cached_property
+    def images(self) -> Images:
+        """The images, decoded when first asked for."""
+        if self.mode == "stream":
+            return self.stored
+        return decoded.load(self.stored, self._key, self._progress)
 
     @classmethod
-    def open(cls, name: str, root: str | None = None) -> Self:
-        """Read a dataset by name, path or URI; raises `StorageError` if it is absent or damaged."""
+    def open(
+        cls,
+        name: str,
+        root: str | None = None,
+        *,
+        split: Split = "train",
+        classes: Sequence[str] = (),
+        mode: Literal["auto", "memory", "stream"] = "memory",
+        progress: Progress | None = None,
+    ) -> Self:
+        """Read a dataset by name, path or URI, or some classes of it.
+
+        With `auto`, images are decoded if they fit on this machine. Raises `StorageError` if there
+        is no such dataset or it is damaged, `ConfigError` for a class that there is not.
+        """
         folder = locate("datasets", name, root)
-        info = DatasetInfo.read(folder)
+        whole = DatasetInfo.read(folder)
+        info = whole.subset(classes)
+        sizes = part_sizes(folder, split)
+        by_part = read_labels(folder, list(sizes))
+        _check_counts(folder, whole.counts if split == "train" else whole.held_out, by_part)
+        class_ids = [whole.classes.index(name) for name in info.classes]
+        renumbered = np.full(len(whole.classes), -1)
+        renumbered[class_ids] = range(len(class_ids))
+        rows = [np.flatnonzero(renumbered[part] >= 0) for part in by_part]
+        labels = [renumbered[part[kept]] for part, kept in zip(by_part, rows, strict=True)]
         shape = (info.channels, info.resolution, info.resolution)
-        images = np.empty((info.n_images, *shape), dtype=np.uint8)
-        labels = np.empty(info.n_images, dtype=np.int64)
-        filled = 0
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock.
-            for part in part_files(folder):
-                table = pq.read_table(
-                    f"{folder.path}/{part}",
-                    columns=["image", "label"],
-                    filesystem=folder.filesystem,
-                )
-                rows = slice(filled, filled + len(table))
-                filled += len(table)
-                if filled > info.n_images:
-                    break
-                labels[rows] = table["label"].to_numpy()
-                decoded = pool.map(decode, table["image"].to_pylist())
-                for i, image in zip(range(rows.start, rows.stop), decoded, strict=True):
-                    images[i] = image.transpose(2, 0, 1)
-        if filled != info.n_images:
-            raise StorageError(
-                f"dataset {folder} is damaged: {DESCRIPTION} promises {info.n_images} images,"
-                f" its parts hold {filled} or more; prepare it again with --overwrite"
-            )
-        return cls(info, torch.from_numpy(images), torch.from_numpy(labels), folder)
+        stored = StoredImages(folder, list(sizes), rows, shape)
+        if mode == "auto":
+            mode = "memory" if decoded.fits(stored.nbytes) else "stream"
+        contents = [whole.model_dump(), split, info.classes, list(sizes.items())]
+        return cls(
+            info,
+            torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels])),
+            stored,
+            class_ids=class_ids,
+            split=split,
+            mode=mode,
+            key=hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
+            progress=progress,
+        )
 
 
-def part_files(folder: Folder) -> list[str]:
-    """A dataset's Parquet files, in order."""
-    return [f for f in folder.children() if f.startswith("part-") and f.endswith(".parquet")]
+def _check_counts(folder: Folder, promised: Sequence[int], by_part: Sequence[np.ndarray]) -> None:
+    """Raise `StorageError` unless the parts hold as many images of each class as are promised."""
+    labels = np.concatenate([np.empty(0, np.int64), *by_part])
+    if len(labels) != sum(promised):
+        raise StorageError(
+            f"dataset {folder} is damaged: {DESCRIPTION} promises {sum(promised)} images, its parts"
+            f" hold {len(labels)}; prepare it again with --overwrite"
+        )
+    in_range = not len(labels) or (labels.min() >= 0 and labels.max() < len(promised))
+    if not in_range or np.bincount(labels, minlength=len(promised)).tolist() != list(promised):
+        raise StorageError(
+            f"dataset {folder} is damaged: its parts hold other numbers of images of some class"
+            f" than {DESCRIPTION} promises; prepare it again with --overwrite"
+        )
 
 
-def encode(image: np.ndarray) -> bytes:
-    """A uint8 image `[H, W, C]` without loss: PNG for 1 and 3 channels, NumPy's format else."""
-    file = io.BytesIO()
-    if image.shape[2] in (1, 3):
-        pixels = image[:, :, 0] if image.shape[2] == 1 else image
-        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
-    else:
-        np.save(file, image, allow_pickle=False)
-    return file.getvalue()
+def open_dataset(
+    config: RunConfig,
+    root: str | None = None,
+    *,
+    name: str = "",
+    progress: Progress | None = None,
+) -> Dataset:
+    """The images that a run of that configuration trains on, read the way it says.
 
-
-def decode(content: bytes) -> np.ndarray:
-    """What `encode` was given: uint8 `[H, W, C]`."""
-    if content.startswith(b"\x93NUMPY"):
-        stored: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-        return stored
-    pixels = np.asarray(Image.open(io.BytesIO(content)))
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-class ShuffledOrder:
-    """An endless order over n images: every image exactly once an epoch, shuffled anew each time.
-
-    Position p is the p-th image shown since training began. The order is a function of the seed
-    alone; how many workers share a batch, and where a run was interrupted, make no difference.
+    `name` is where they lie, if not at `config.dataset`. Raises what `Dataset.open` does.
     """
-
-    def __init__(self, n: int, seed: int) -> None:
-        """An order over images 0 to n - 1."""
-        self.n = n
-        self.seed = seed
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def indices(self, start: int, count: int) -> np.ndarray:
-        """Image indices at positions start to start + count - 1: int64 `[count]`."""
-        positions = np.arange(start, start + count)
-        epochs, offsets = np.divmod(positions, self.n)
-        result = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            result[here] = self._permutation(int(epoch))[offsets[here]]
-        return result
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            # A batch may span a border: keep the epoch before, drop what is older.
-            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = rng(self.seed, Stream.DATA_ORDER, epoch).permutation(self.n)
-        return self._epochs[epoch]
+    data = config.data
+    return Dataset.open(
+        name or config.dataset, root, classes=data.classes, mode=data.mode, progress=progress
+    )
 
 
-Progress = Callable[[str], None]
-"""Receives a line of progress for people."""
+def read_info(config: RunConfig, root: str | None = None, *, name: str = "") -> DatasetInfo:
+    """The description of the images that a run of that configuration trains on."""
+    whole = DatasetInfo.read(locate("datasets", name or config.dataset, root))
+    return whole.subset(config.data.classes)

@@ -31,10 +31,9 @@ from biggan.data.dataset import (
     DatasetInfo,
     Progress,
     Rejected,
-    encode,
-    part_files,
 )
 from biggan.data.images import Fit, standardize
+from biggan.data.parts import encode, part_files
 from biggan.data.sources import Source, open_source
 from biggan.errors import UserError
 from biggan.latents import Stream, rng

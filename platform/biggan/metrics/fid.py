@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from biggan.config import EvalConfig
 from biggan.data.dataset import Dataset
+from biggan.data.parts import Split
 from biggan.latents import ClassSampler
 from biggan.metrics.extractors import Extractor, load_extractor
 from biggan.metrics.frechet import Moments, frechet_distance
-from biggan.metrics.protocol import ROUNDING, Protocol, Split
+from biggan.metrics.protocol import ROUNDING, Protocol
 from biggan.metrics.reference import Reference, open_split
 from biggan.networks import Generator
 from biggan.parallel import Workers
@@ -190,6 +192,11 @@ class Observed:
     """float32 `[n, K]`, where the extractor has classes."""
     judged: Tensor | None
     """float32 `[n, n_classes]`: logits of the dataset's own classifier, where there is one."""
+
+    def among(self, class_ids: Sequence[int]) -> Observed:
+        """The same, judged among some of the dataset's classes."""
+        judged = None if self.judged is None else self.judged[:, list(class_ids)]
+        return replace(self, judged=judged)
 
 
 @torch.inference_mode()

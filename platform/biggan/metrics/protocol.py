@@ -6,10 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-Split = Literal["train", "held_out"]
-"""Which part of a dataset is compared with: the images trained on, or those set aside."""
+from biggan.data.parts import Split
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Protocol:
     rounding: str
     """How a generator's output becomes 8 bits."""
     reference_split: Split
+    """The images trained on, or those set aside."""
     reference_fingerprint: str
     """Fingerprint of the dataset's images that are compared with."""
     reference_count: int

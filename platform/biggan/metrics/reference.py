@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from biggan.data.dataset import Dataset
+from biggan.data.parts import Split
 from biggan.metrics.extractors import Extractor
 from biggan.metrics.frechet import Moments
-from biggan.metrics.protocol import Split
 from biggan.storage import Folder, StorageError
 
 FEATURES_KEPT = 50_000
@@ -106,7 +106,7 @@ class Reference:
 def reference_name(dataset: Dataset, extractor: str) -> str:
     """What the files of a dataset's reference are called."""
     parts = [extractor]
-    if dataset.class_ids is not None:
+    if dataset.info.is_subset:
         parts.append(dataset.fingerprint[:12])
     if dataset.split != "train":
         parts.append(dataset.split)
