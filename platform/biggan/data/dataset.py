@@ -1,8 +1,8 @@
 """A prepared dataset: its description, its images in memory, and the order they are shown in.
 
 `datasets/NAME/` holds `dataset.json` (a `DatasetInfo`), `part-*.parquet` with columns `image`
-(bytes), `label` (int32) and `source` (string), and `reference/` with the statistics that FID
-compares against. `biggan.data.preparation` writes it.
+(bytes), `label` (int32) and `source` (string), perhaps `held_out-*.parquet` of the same form, and
+`reference/` with the statistics that FID compares against. `biggan.data.preparation` writes it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +23,8 @@ from biggan.latents import ClassSampler, Stream, rng
 from biggan.storage import Folder, StorageError, locate
 
 DESCRIPTION = "dataset.json"
+Split = Literal["train", "held_out"]
+"""The images to train on, or those set aside for reference statistics."""
 
 
 class Rejected(BaseModel):
@@ -54,12 +56,18 @@ class DatasetInfo(BaseModel):
     """The fingerprint of those alone; `fingerprint` is of the images to train on."""
     duplicates: int = 0
     """Images whose pixels equal those of another, beyond the first of each."""
+    duplicates_dropped: bool = False
+    """Whether those were left out."""
+    duplicates_conflicting: int = 0
+    """How many of them had another label than the first."""
     sizes: dict[str, list[int]] = {}
     """`width` and `height` of the images as they came: smallest, median, largest."""
     source: dict[str, Any]
     """Where the images came from and how they were brought to size."""
     rejected: list[Rejected]
-    """What was left out."""
+    """What was left out; of very many, the first."""
+    reasons: dict[str, int] = {}
+    """How many files were rejected for each reason, numbers within it read as N."""
 
     @property
     def n_images(self) -> int:
@@ -104,16 +112,21 @@ class Dataset:
         return len(self.labels)
 
     @classmethod
-    def open(cls, name: str, root: str | None = None) -> Self:
+    def open(cls, name: str, root: str | None = None, split: Split = "train") -> Self:
         """Read a dataset by name, path or URI; raises `StorageError` if it is absent or damaged."""
         folder = locate("datasets", name, root)
         info = DatasetInfo.read(folder)
         shape = (info.channels, info.resolution, info.resolution)
-        images = np.empty((info.n_images, *shape), dtype=np.uint8)
-        labels = np.empty(info.n_images, dtype=np.int64)
+        n_images = info.n_images if split == "train" else sum(info.held_out)
+        if not n_images:
+            raise StorageError(
+                f"dataset {folder} has no held-out part: prepare it with --held-out 0.1"
+            )
+        images = np.empty((n_images, *shape), dtype=np.uint8)
+        labels = np.empty(n_images, dtype=np.int64)
         filled = 0
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock.
-            for part in part_files(folder):
+            for part in part_files(folder, split):
                 table = pq.read_table(
                     f"{folder.path}/{part}",
                     columns=["image", "label"],
@@ -121,23 +134,24 @@ class Dataset:
                 )
                 rows = slice(filled, filled + len(table))
                 filled += len(table)
-                if filled > info.n_images:
+                if filled > n_images:
                     break
                 labels[rows] = table["label"].to_numpy()
                 decoded = pool.map(decode, table["image"].to_pylist())
                 for i, image in zip(range(rows.start, rows.stop), decoded, strict=True):
                     images[i] = image.transpose(2, 0, 1)
-        if filled != info.n_images:
+        if filled != n_images:
             raise StorageError(
-                f"dataset {folder} is damaged: {DESCRIPTION} promises {info.n_images} images,"
+                f"dataset {folder} is damaged: {DESCRIPTION} promises {n_images} images,"
                 f" its parts hold {filled} or more; prepare it again with --overwrite"
             )
         return cls(info, torch.from_numpy(images), torch.from_numpy(labels), folder)
 
 
-def part_files(folder: Folder) -> list[str]:
+def part_files(folder: Folder, split: Split = "train") -> list[str]:
     """A dataset's Parquet files, in order."""
-    return [f for f in folder.children() if f.startswith("part-") and f.endswith(".parquet")]
+    head = "part-" if split == "train" else "held_out-"
+    return [f for f in folder.children() if f.startswith(head) and f.endswith(".parquet")]
 
 
 def encode(image: np.ndarray) -> bytes:
