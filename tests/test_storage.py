@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from biggan.errors import UserError
 from biggan.storage import Folder, StorageError, locate, storage_root
 
 
@@ -73,6 +74,28 @@ def test_a_folder_comes_into_being_whole_or_not_at_all(tmp_path):
         draft.write_bytes("other", b"2")
     assert folder.children() == ["other"]
     assert Folder(str(tmp_path)).children() == ["new"]
+
+
+def test_a_draft_with_a_key_outlives_all_but_a_verdict(tmp_path):
+    folder = Folder(str(tmp_path / "new"))
+    with pytest.raises(KeyboardInterrupt), folder.created_whole("done", key="abc") as draft:
+        raise KeyboardInterrupt(draft.write_bytes("part", b"1"))
+    assert Folder(str(tmp_path)).children() == [".new.abc.partial"]
+    with folder.created_whole("done", key="abc") as draft:
+        assert draft.read_bytes("part") == b"1"
+        draft.write_bytes(".records/0", b"not to be taken along")
+    assert folder.children() == ["part"]
+    with pytest.raises(UserError), folder.created_whole("done", key="abc") as draft:
+        raise UserError(draft.write_bytes("part", b"2"))
+    assert Folder(str(tmp_path)).children() == ["new"]
+
+
+def test_drafts_of_that_name_alone_are_deleted(tmp_path):
+    others = [".a.b.0123456789ab.partial", ".ab.0123.partial", ".a.claim", "a", "a.0123.partial"]
+    for name in [".a.0123456789ab.partial", ".a.89abcdef.old", *others]:
+        (tmp_path / name).mkdir()
+    Folder(str(tmp_path / "a")).delete_drafts()
+    assert Folder(str(tmp_path)).children() == sorted(others)
 
 
 def test_damaged_json_is_named(tmp_path):

@@ -3,8 +3,8 @@
 Only the main worker keeps a journal. A row is written every `ROW_EVERY_KIMG` and at every
 evaluation, with losses averaged since the row before; their sums are part of a checkpoint, so that
 an interrupted run writes the rows of an uninterrupted one. `data_wait` in a row is the part of the
-steps' time, from 0 to 1, that went by before their inputs were there; `stall` is the part of all time
-since the row before that passed outside of steps: evaluations, checkpoints, reports.
+steps' time, from 0 to 1, that went by before their inputs were there; `stall` is the part of all
+time since the row before that passed outside of steps: evaluations, checkpoints, reports.
 """
 
 from __future__ import annotations

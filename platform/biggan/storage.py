@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,6 +180,11 @@ class Folder:
         if self.exists():
             self.filesystem.delete_dir(self.path)
 
+    def delete_file(self, file: str) -> None:
+        """Delete a file; nothing happens if there is none."""
+        if self.exists(file):
+            self.filesystem.delete_file(f"{self.path}/{file}")
+
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
         """The folder as a local path: itself if it is local, else a temporary download."""
@@ -195,38 +201,66 @@ class Folder:
         fs.copy_files(str(local), self.path, destination_filesystem=self.filesystem)
 
     @contextmanager
-    def created_whole(self, marker: str, *, replace: bool = True) -> Iterator[Folder]:
+    def created_whole(
+        self, marker: str, *, replace: bool = True, key: str = ""
+    ) -> Iterator[Folder]:
         """Fill a new folder that comes into being whole or not at all.
 
         Yields a folder with a temporary name beside this one. If the body succeeds it takes this
-        one's place; if it fails it is deleted. On a local disk that is one rename; on an object
-        store the file `marker`, whose presence means the folder is complete, is copied last.
-        Without `replace`, raises `StorageError` if there is such a folder by then.
+        one's place, without its children whose names begin with a dot; if it fails it is deleted.
+        On a local disk that is one rename; on an object store the file `marker`, whose presence
+        means the folder is complete, is copied last. Without `replace`, raises `StorageError` if
+        there is such a folder by then.
+
+        With a `key` (hexadecimal) the temporary folder is the same whenever the key is, and only a
+        `UserError` deletes it: after anything else, the next body finds what this one has written.
         """
-        draft = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.partial"
+        draft = self.parent / f".{self.name}.{key or uuid.uuid4().hex[:8]}.partial"
         draft.filesystem.create_dir(draft.path, recursive=True)
         try:
             yield draft
             if not replace and self.exists(marker):
                 raise StorageError(f"{self} has come into being meanwhile: run the command again")
             if self.is_local:
-                old = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.old"
-                if self.exists():
-                    Path(self.path).rename(old.path)
-                Path(draft.path).rename(self.path)
-                shutil.rmtree(old.path, ignore_errors=True)
+                self._replace_locally(draft)
             else:
                 self._replace_remotely(draft, marker)
-        finally:
-            draft.delete()
+        except BaseException as error:
+            if not key or isinstance(error, UserError):
+                draft.delete()
+            raise
+        draft.delete()
+
+    def delete_drafts(self) -> None:
+        """Delete what `created_whole` left beside this folder when its process was killed."""
+        name = re.compile(rf"\.{re.escape(self.name)}\.[0-9a-f]+\.(partial|old)")
+        for child in self.parent.children():
+            if name.fullmatch(child):
+                (self.parent / child).delete()
+
+    def _replace_locally(self, draft: Folder) -> None:
+        for child in draft.children():
+            if child.startswith("."):
+                (draft / child).delete()
+        old = self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.old"
+        if self.exists():
+            Path(self.path).rename(old.path)
+        Path(draft.path).rename(self.path)
+        shutil.rmtree(old.path, ignore_errors=True)
 
     def _replace_remotely(self, draft: Folder, marker: str) -> None:
         self.delete()
         selector = fs.FileSelector(draft.path, recursive=True)
         files = [
-            info.path
+            info.path.removeprefix(draft.path)
             for info in draft.filesystem.get_file_info(selector)
             if info.type == fs.FileType.File
         ]
-        for file in sorted(files, key=lambda path: path.endswith(f"/{marker}")):
-            draft.filesystem.copy_file(file, self.path + file.removeprefix(draft.path))
+
+        def copy(file: str) -> None:
+            draft.filesystem.copy_file(draft.path + file, self.path + file)
+
+        with ThreadPoolExecutor(16) as pool:
+            taken = [file for file in files if not file.startswith("/.") and file != f"/{marker}"]
+            list(pool.map(copy, taken))
+        copy(f"/{marker}")

@@ -1,8 +1,8 @@
 """A prepared dataset: its description, its images, and which of its classes a run trains on.
 
 `datasets/NAME/` holds `dataset.json` (a `DatasetInfo`), `part-*.parquet` with columns `image`
-(bytes), `label` (int32) and `source` (string), and `reference/` with the statistics that FID
-compares against. `biggan.data.preparation` writes it.
+(bytes), `label` (int32) and `source` (string), perhaps `held_out-*.parquet` of the same form, and
+`reference/` with the statistics that FID compares against. `biggan.data.preparation` writes it.
 """
 
 from __future__ import annotations
@@ -60,12 +60,18 @@ class DatasetInfo(BaseModel):
     """The fingerprint of those alone; `fingerprint` is of the images to train on."""
     duplicates: int = 0
     """Images whose pixels equal those of another, beyond the first of each."""
+    duplicates_dropped: bool = False
+    """Whether those were left out."""
+    duplicates_conflicting: int = 0
+    """How many of them had another label than the first."""
     sizes: dict[str, list[int]] = {}
     """`width` and `height` of the images as they came: smallest, median, largest."""
     source: dict[str, Any]
     """Where the images came from and how they were brought to size."""
     rejected: list[Rejected]
-    """What was left out."""
+    """What was left out; of very many, the first."""
+    reasons: dict[str, int] = {}
+    """How many files were rejected for each reason, numbers within it read as N."""
 
     @property
     def n_images(self) -> int:

@@ -2,92 +2,47 @@
 
 Runs on Ray Data: the source's items are dealt out as shards, and each shard is one task that loads,
 standardizes and writes its images, on any core of any machine, in memory that one shard bounds.
-The images do not depend on how many there are. The dataset comes into being whole or not at all.
+The driver keeps about 60 bytes an image. The dataset comes into being whole or not at all; what an
+interrupted preparation has written lies beside it, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
-from biggan.config import RESOLUTIONS
-from biggan.data.dataset import (
-    DESCRIPTION,
-    Dataset,
-    DatasetInfo,
-    Progress,
-    Rejected,
-)
-from biggan.data.images import Fit, standardize
-from biggan.data.parts import encode, part_files
+from biggan.data import checks
+from biggan.data.checks import Checks, Colours
+from biggan.data.claim import claimed
+from biggan.data.dataset import DESCRIPTION, Dataset, DatasetInfo, Progress, Rejected
+from biggan.data.plan import Plan, Preparation, PreparationError, plan_key
+from biggan.data.progress import ImageProgress
+from biggan.data.selection import REJECTED_KEPT, Selection, Tally
+from biggan.data.shards import Record, finished_shards, sort_out, write_shard
 from biggan.data.sources import Source, open_source
-from biggan.errors import UserError
-from biggan.latents import Stream, rng
-from biggan.metrics.extractors import load_extractor, save_classifier, train_classifier
+from biggan.metrics.extractors import Classifier, load_extractor, save_classifier, train_classifier
 from biggan.metrics.reference import Reference
 from biggan.storage import Folder, locate
 
-SHARD_IMAGES = 1024
-
-
-class PreparationError(UserError):
-    """A dataset that could not be prepared: what was wrong with the images, and the mend."""
+__all__ = ["Preparation", "PreparationError", "prepare"]
 
 
 @dataclass(frozen=True)
-class Shard:
-    """What became of one shard's items."""
+class Work:
+    """What every task of a preparation needs to know."""
 
-    index: int
-    counts: np.ndarray
-    digests: list[bytes]
-    rejected: list[Rejected]
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How a source becomes a dataset."""
-
-    source: str
-    """`digits`, or a folder (path or URI) with one sub-folder of images a class."""
-    resolution: int
-    """Side of the square images in pixels: 8, 16, 32, 64, 128, 256 or 512."""
-    channels: int = 3
-    """3 (RGB) or 1 (grey)."""
-    fit: Fit = "crop"
-    """Crop the longer side about the centre, or pad the shorter."""
-    background: tuple[int, int, int] = (255, 255, 255)
-    """RGB that shows through transparency and fills padding."""
-    max_rejected: float = 0.01
-    """Largest part of the files that may be unusable, from 0 to 1."""
-
-    def __post_init__(self) -> None:
-        if self.resolution not in RESOLUTIONS:
-            raise PreparationError(f"resolution {self.resolution}: must be one of {RESOLUTIONS}")
-        if self.channels not in (1, 3):
-            raise PreparationError(f"channels {self.channels}: must be 1 (grey) or 3 (RGB)")
-        if len(self.background) != 3 or not all(0 <= part <= 255 for part in self.background):
-            raise PreparationError(f"background {self.background}: must be RGB, 0 to 255 each")
-        if not 0 <= self.max_rejected <= 1:
-            raise PreparationError(f"max_rejected {self.max_rejected}: must be from 0 to 1")
-
-    def settings(self) -> dict[str, Any]:
-        """The choices that shape the images."""
-        return {"fit": self.fit, "background": list(self.background)}
+    preparation: Preparation
+    source: Source
+    plan: Plan
+    draft: Folder
 
 
 def prepare(
@@ -101,41 +56,49 @@ def prepare(
     """Prepare dataset `name` and its FID reference; returns its description.
 
     A dataset that was already prepared from the same source in the same way is kept. Raises
-    `PreparationError` if nothing usable is left, if more than `max_rejected` of the files are
-    unusable, or if something else has the name (a different dataset with `overwrite` off, or a
-    folder that is no dataset); storage is then as it was before. Raises `SourceError` if the source
-    has nothing to offer.
+    `PreparationError` if the images are not what `preparation` allows (all that is wrong at once),
+    or if something else has the name (a different dataset with `overwrite` off, or a folder that is
+    no dataset); storage is then as it was before. Raises `SourceError` if the source has nothing to
+    offer, and `ClaimError` if another process is preparing that name. After any other end, a kill
+    included, the same call goes on where this one stopped.
     """
     folder = locate("datasets", name, root)
     source = open_source(preparation.source)
-    if not folder.exists(DESCRIPTION) and any(map(_is_foreign, folder.children())):
-        raise PreparationError(
-            f"{folder} exists and is no prepared dataset: use another --name, or remove it yourself"
-        )
-    if folder.exists(DESCRIPTION) and not overwrite:
-        return _existing(folder, preparation, source, progress)
-    progress(f"preparing {len(source):,} images in {len(source.classes)} classes")
-    connect()
-    with folder.created_whole(marker=DESCRIPTION) as draft:
-        info = _write_images(preparation, source, draft, progress)
-        _measure_reference(draft, progress)
-    progress(
-        f"dataset {folder.name}: {info.n_images:,} images, {len(info.classes)} classes,"
-        f" {len(info.rejected):,} rejected, at {folder}"
-    )
+    with claimed(folder) as claim:
+        if not folder.exists(DESCRIPTION) and any(map(_is_foreign, folder.children())):
+            raise PreparationError(
+                f"{folder} exists and is no prepared dataset: use another --name, or remove it"
+                " yourself"
+            )
+        if folder.exists(DESCRIPTION) and not overwrite:
+            return _existing(folder, preparation, source, progress)
+        progress(f"preparing {len(source):,} images in {len(source.classes):,} classes")
+        told = Checks(preparation, progress)
+        preparation, plan = _settle(preparation, source, told)
+        connect()
+        key = plan_key(preparation, source)
+        with folder.created_whole(marker=DESCRIPTION, key=key) as draft:
+            work = Work(preparation, source, plan, draft)
+            info = _write_images(work, told, progress)
+            _measure_reference(draft, progress)
+            _sweep_up(draft)
+            claim.check()
+        folder.delete_drafts()
+    _tell_done(info, folder, progress)
     return info
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a file of that name is none that an interrupted preparation can leave behind."""
-    return not (name == "reference" or name.startswith("part-"))
+    """Whether a file of that name is none that an interrupted copy can leave behind."""
+    return name != "reference" and not name.startswith(("part-", "held_out-"))
 
 
 def _existing(
     folder: Folder, preparation: Preparation, source: Source, progress: Progress
 ) -> DatasetInfo:
     info = DatasetInfo.read(folder)
-    wanted = (preparation.resolution, preparation.channels, _origin(preparation, source))
+    channels = preparation.channels or info.channels
+    wanted = (preparation.resolution, channels, _origin(preparation, source))
     if (info.resolution, info.channels, info.source) != wanted:
         raise PreparationError(
             f"dataset {folder.name} exists and was prepared differently ({info.resolution} pixels,"
@@ -149,167 +112,129 @@ def _origin(preparation: Preparation, source: Source) -> dict[str, Any]:
     return {**source.description, **preparation.settings()}
 
 
-def _write_images(
-    preparation: Preparation, source: Source, draft: Folder, progress: Progress
-) -> DatasetInfo:
-    counts = np.zeros(len(source.classes), dtype=np.int64)
-    digests: list[bytes] = []
-    rejected = list(source.rejected)
-    start = time.monotonic()
-    done = 0
-    for shard in _run_shards(preparation, source, draft):
-        counts += shard.counts
-        digests += shard.digests
-        rejected += shard.rejected
-        done += int(shard.counts.sum()) + len(shard.rejected)
-        rate = done / (time.monotonic() - start)
-        progress(f"prepared {done:,}/{len(source):,} images, {rate:,.0f} images/s")
-    empty = [i for i, count in enumerate(counts) if count == 0]
-    rejected += [
-        Rejected(path=source.classes[i], reason="class without a readable image") for i in empty
-    ]
-    _check_rejected(preparation, source, int(counts.sum()), rejected, progress)
-    _drop_classes(draft, empty, len(counts))
-    kept = [i for i in range(len(counts)) if i not in empty]
-    if len(kept) == 1:
-        progress(
-            f"warning: all images are of one class, {source.classes[kept[0]]!r}: there is nothing"
-            " to choose by class"
-        )
+def _settle(preparation: Preparation, source: Source, told: Checks) -> tuple[Preparation, Plan]:
+    """Settle the number of channels, make the plan, and check what can be known by now."""
+    image_bytes = preparation.resolution**2 * (preparation.channels or 3)
+    plan = Plan(len(source), source.run_length, image_bytes)
+    colours = Colours.look(source, plan)
+    told.tell(checks.before(preparation, source, colours))
+    if preparation.channels is None:
+        preparation = replace(preparation, channels=1 if colours.all_grey else 3)
+    return preparation, plan
+
+
+def _write_images(work: Work, told: Checks, progress: Progress) -> DatasetInfo:
+    preparation, source = work.preparation, work.source
+    tally = Tally(len(source))
+    _write_shards(work, tally, progress)
+    chosen = Selection.choose(preparation, source, tally.items)
+    rejected = [*source.rejected, *tally.rejected, *_empty_classes(chosen)]
+    n_rejected = len(rejected) + tally.bad - len(tally.rejected)
+    _list_rejected(rejected, n_rejected, progress)
+    failures = checks.unusable(preparation, source, tally)
+    told.tell([] if failures else checks.after(preparation, chosen), failures)
+    checks.tell_copies(chosen, preparation.drop_duplicates, progress)
+    _sort_out(work, chosen)
+    shape = f"{preparation.resolution}x{preparation.channels}"
+    assert preparation.channels is not None
+    some_held_out = bool(chosen.held_out.any())
     info = DatasetInfo(
-        classes=[source.classes[i] for i in kept],
+        classes=chosen.classes,
         resolution=preparation.resolution,
         channels=preparation.channels,
-        counts=counts[kept].tolist(),
-        fingerprint=_fingerprint(preparation, digests),
+        counts=chosen.counts(chosen.train),
+        fingerprint=chosen.fingerprint(shape, chosen.train),
+        held_out=chosen.counts(chosen.held_out) if some_held_out else [],
+        held_out_fingerprint=chosen.fingerprint(shape, chosen.held_out) if some_held_out else "",
+        duplicates=len(chosen.copies),
+        duplicates_dropped=preparation.drop_duplicates,
+        duplicates_conflicting=chosen.conflicting,
+        sizes=chosen.sizes(),
         source=_origin(preparation, source),
-        rejected=rejected,
+        rejected=rejected[:REJECTED_KEPT],
+        reasons=dict(tally.reasons.most_common(100)),
     )
-    draft.write_json(DESCRIPTION, info.model_dump())
+    work.draft.write_json(DESCRIPTION, info.model_dump())
     return info
 
 
-def _run_shards(preparation: Preparation, source: Source, draft: Folder) -> Iterator[Shard]:
-    """Write all shards on the cluster; yields what became of each as it is done."""
-    # Shuffled, so that a part file is a sample of the whole and streaming readers see all classes.
-    order = rng(0, Stream.DATA_ORDER).permutation(len(source))
-    plan = [
-        {"index": i, "items": order[start : start + SHARD_IMAGES].tolist()}
-        for i, start in enumerate(range(0, len(order), SHARD_IMAGES))
-    ]
-    shared = ray.put(source)
+def _write_shards(work: Work, tally: Tally, progress: Progress) -> None:
+    """Write all shards that are not there yet, and take in what became of every item."""
+    missing = set(range(len(work.plan)))
+    for index, record in finished_shards(work.draft, work.plan):
+        tally.add(index, work.plan.items(index), record)
+        missing.remove(index)
+    if tally.done:
+        done = len(work.plan) - len(missing)
+        progress(f"taking up at {done:,} of {len(work.plan):,} shards, {tally.done:,} images done")
 
-    def task(row: dict[str, Any]) -> dict[str, Any]:
-        items = np.asarray(row["items"])
-        shard = write_shard(preparation, ray.get(shared), items, draft, int(row["index"]))
-        return {
-            "index": shard.index,
-            "counts": shard.counts.tolist(),
-            "digests": b"".join(shard.digests),
-            "rejected": json.dumps([r.model_dump() for r in shard.rejected]),
-        }
+    def task(work: Work, index: int) -> dict[str, Any]:
+        items = work.plan.items(index)
+        record = write_shard(work.preparation, work.source, items, work.draft, index)
+        return {"index": index, "record": record.to_bytes()}
 
-    quiet_ray_data()
-    shards = ray.data.from_items(plan, override_num_blocks=len(plan)).map(task)
-    for row in shards.iter_rows():
-        digests = row["digests"]
-        yield Shard(
-            index=row["index"],
-            counts=np.asarray(row["counts"]),
-            digests=[digests[i : i + 32] for i in range(0, len(digests), 32)],
-            rejected=[Rejected(**entry) for entry in json.loads(row["rejected"])],
-        )
+    with ImageProgress(len(work.source), progress, left=tally.done) as shown:
+        for row in on_cluster(task, work, sorted(missing)):
+            record = Record.from_bytes(row["record"])
+            tally.add(row["index"], work.plan.items(row["index"]), record)
+            shown.advance(len(record.kept), len(record.rejected))
 
 
-def write_shard(
-    preparation: Preparation, source: Source, items: np.ndarray, draft: Folder, index: int
-) -> Shard:
-    """Load, standardize and write one shard's items as `part-INDEX.parquet`."""
-    columns: dict[str, list[Any]] = {"image": [], "label": [], "source": []}
-    digests, rejected = [], []
-    counts = np.zeros(len(source.classes), dtype=np.int64)
-    for sample, label in zip(source.read(items), source.labels[items].tolist(), strict=True):
-        try:
-            image = sample.load()
-            pixels = standardize(
-                image if isinstance(image, Image.Image) else Image.fromarray(image),
-                preparation.resolution,
-                preparation.channels,
-                preparation.fit,
-                preparation.background,
-            )
-        except UnidentifiedImageError:  # Its text holds an address, another one each time.
-            rejected.append(Rejected(path=sample.ref, reason="no image that Pillow can open"))
-            continue
-        except Exception as error:  # Decoders raise anything at all on damaged files.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            rejected.append(Rejected(path=sample.ref, reason=reason))
-            continue
-        digests.append(_digest(source.classes[label], pixels))
-        counts[label] += 1
-        columns["image"].append(encode(pixels))
-        columns["label"].append(label)
-        columns["source"].append(sample.ref)
-    _write_part(draft, index, columns)
-    return Shard(index, counts, digests, rejected)
-
-
-SCHEMA = pa.schema([("image", pa.binary()), ("label", pa.int32()), ("source", pa.string())])
-
-
-def _write_part(draft: Folder, index: int, columns: dict[str, list[Any]]) -> None:
-    file = io.BytesIO()
-    table = pa.table(columns, schema=SCHEMA)
-    # The images are compressed already.
-    pq.write_table(table, file, compression={"image": "NONE", "label": "ZSTD", "source": "ZSTD"})
-    draft.write_bytes(f"part-{index:06d}.parquet", file.getvalue())
-
-
-def _digest(class_name: str, pixels: np.ndarray) -> bytes:
-    return hashlib.sha256(class_name.encode() + b"\0" + pixels.tobytes()).digest()
-
-
-def _fingerprint(preparation: Preparation, digests: list[bytes]) -> str:
-    total = hashlib.sha256(f"{preparation.resolution}x{preparation.channels}".encode())
-    for digest in sorted(digests):
-        total.update(digest)
-    return total.hexdigest()
-
-
-def _check_rejected(
-    preparation: Preparation,
-    source: Source,
-    usable: int,
-    rejected: list[Rejected],
-    progress: Progress,
-) -> None:
-    """List what was rejected on the console; raise if it is too much."""
-    for entry in rejected:
-        progress(f"rejected {entry.path}: {entry.reason}")
-    files = len(source) + source.unreadable
-    bad = files - usable
-    if not usable:
-        raise PreparationError(
-            f"none of the {files} files in --source {preparation.source} is a usable image;"
-            f" the first: {rejected[0].path}: {rejected[0].reason}"
-        )
-    if bad > preparation.max_rejected * files:
-        raise PreparationError(
-            f"{bad} of {files} files ({bad / files:.1%}) are unusable, more than --max-rejected"
-            f" {preparation.max_rejected:.1%}: mend or remove those listed, or raise the limit"
-        )
-
-
-def _drop_classes(draft: Folder, empty: list[int], n_classes: int) -> None:
-    """Renumber labels in all parts so that classes without images leave no gap."""
-    if not empty:
+def on_cluster(
+    task: Callable[[Any, int], dict[str, Any]], common: Any, shards: list[int]
+) -> Iterator[dict[str, Any]]:
+    """`task(common, shard)` for each shard, on all cores; yields its results as they are done."""
+    if not shards:
         return
-    renumbered = np.cumsum([i not in empty for i in range(n_classes)]) - 1
-    for index, part in enumerate(part_files(draft)):
-        table = pq.read_table(f"{draft.path}/{part}", filesystem=draft.filesystem)
-        columns = table.to_pydict()
-        columns["label"] = renumbered[columns["label"]].tolist()
-        _write_part(draft, index, columns)
+    quiet_ray_data()
+    # Stored once, and read where it is needed: a task itself is one number.
+    shared = ray.put((common, np.array(shards)))
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        pa.set_cpu_count(1)  # As many tasks run as there are cores.
+        common, shards = ray.get(shared)
+        return task(common, int(shards[row["id"]]))
+
+    rows = ray.data.range(len(shards), override_num_blocks=len(shards)).map(run, num_cpus=1)
+    yield from rows.iter_rows()
+
+
+def _empty_classes(chosen: Selection) -> list[Rejected]:
+    labels, kept = chosen.source.labels, chosen.images.kept
+    readable = np.bincount(labels[kept], minlength=len(chosen.empty))
+    return [
+        Rejected(
+            path=chosen.source.classes[i],
+            reason="class without an image to train on: all are copies or held out"
+            if readable[i]
+            else "class without a readable image",
+        )
+        for i in np.flatnonzero(chosen.empty).tolist()
+    ]
+
+
+def _list_rejected(rejected: list[Rejected], n_rejected: int, progress: Progress) -> None:
+    for entry in rejected[: checks.SHOWN]:
+        progress(f"rejected {entry.path}: {entry.reason}")
+    if n_rejected > checks.SHOWN:
+        progress(f"and {n_rejected - checks.SHOWN:,} more, listed in {DESCRIPTION}")
+
+
+def _sort_out(work: Work, chosen: Selection) -> None:
+    """Write parts anew from which images are dropped or held out, or whose labels change."""
+    if not (chosen.dropped.any() or chosen.held_out.any() or chosen.empty.any()):
+        return
+
+    def task(common: tuple[Work, Selection], index: int) -> dict[str, Any]:
+        work, chosen = common
+        items = work.plan.items(index)
+        rows = items[chosen.images.kept[items]]
+        dropped, held_out = chosen.dropped[rows], chosen.held_out[rows]
+        sort_out(work.draft, index, dropped, held_out, chosen.renumbered)
+        return {"index": index}
+
+    for _ in on_cluster(task, (work, chosen), list(range(len(work.plan)))):
+        pass
 
 
 def _measure_reference(draft: Folder, progress: Progress) -> None:
@@ -320,16 +245,40 @@ def _measure_reference(draft: Folder, progress: Progress) -> None:
     # the whole machine would wait for ever.
     task = ray.remote(measure_reference).options(num_cpus=1, num_gpus=min(1, node.gpus))
     accuracy = ray.get(task.remote(draft, max(1, node.cpus)))
-    progress(f"classifier: {accuracy:.1%} of held-out images right")
+    progress(f"classifier: {accuracy:.1%} of the images that it did not learn from right")
 
 
 def measure_reference(folder: Folder, threads: int) -> float:
-    """Add the `classifier` extractor and its reference to a dataset; returns its accuracy."""
+    """Add the `classifier` extractor and its references to a dataset; returns its accuracy."""
     torch.set_num_threads(threads)
     dataset = Dataset.open(folder.uri)
     device = own_device()
     network, accuracy = train_classifier(dataset, device, progress=print)
     save_classifier(network, accuracy, dataset, folder)
     extractor = load_extractor("classifier", folder, device)
+    if dataset.info.n_images <= Classifier.FEATURES:
+        print(
+            f"warning: {dataset.info.n_images:,} images leave the covariance of"
+            f" {Classifier.FEATURES} features singular: FID will say little"
+        )
     Reference.measure(dataset, extractor).save(folder, "classifier")
+    if dataset.info.held_out:
+        held_out = Dataset.open(folder.uri, split="held_out")
+        Reference.measure(held_out, extractor).save(folder, "classifier.held_out")
     return accuracy
+
+
+def _sweep_up(draft: Folder) -> None:
+    """Delete half-written files of tasks that were killed."""
+    for file in draft.children():
+        if file.endswith(".tmp"):
+            draft.delete_file(file)
+
+
+def _tell_done(info: DatasetInfo, folder: Folder, progress: Progress) -> None:
+    rejected = max(len(info.rejected), sum(info.reasons.values()))
+    held_out = f"{sum(info.held_out):,} held out, " if info.held_out else ""
+    progress(
+        f"dataset {folder.name}: {info.n_images:,} images, {held_out}{len(info.classes):,} classes,"
+        f" {rejected:,} rejected, at {folder}"
+    )
