@@ -21,7 +21,7 @@ from biggan.data.dataset import Rejected
 from biggan.data.images import ImageError
 from biggan.data.sources.decoding import decode_image
 from biggan.data.sources.dicom import Window
-from biggan.data.sources.files import File, unpacked
+from biggan.data.sources.files import File, damage_told, unpacked
 from biggan.data.sources.folders import by_class, describe, is_litter
 from biggan.data.sources.labels import gaps_of_names, listed
 from biggan.data.sources.options import SourceOptions
@@ -123,23 +123,22 @@ def _lzma(packed: bytes) -> bytes:
 
 def zip_members(archive: File) -> list[Member]:
     """A ZIP archive's files; raises `SourceError` if it is damaged or truncated."""
-    try:
-        with archive.stream() as stream, zipfile.ZipFile(stream) as opened:
-            return [
-                Member(
-                    name=_clean(info.filename),
-                    offset=info.header_offset,
-                    size=info.compress_size,
-                    method=_ENCRYPTED if info.flag_bits & 1 else info.compress_type,
-                    crc=info.CRC,
-                )
-                for info in opened.infolist()
-                if not info.is_dir()
-            ]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise SourceError(
-            f"--source {archive} is truncated or no ZIP archive ({error}): copy it again"
-        ) from None
+    with (
+        damage_told(f"--source {archive} is truncated or no ZIP archive"),
+        archive.stream() as stream,
+        zipfile.ZipFile(stream) as opened,
+    ):
+        return [
+            Member(
+                name=_clean(info.filename),
+                offset=info.header_offset,
+                size=info.compress_size,
+                method=_ENCRYPTED if info.flag_bits & 1 else info.compress_type,
+                crc=info.CRC,
+            )
+            for info in opened.infolist()
+            if not info.is_dir()
+        ]
 
 
 def tar_members(archive: File) -> Iterator[Member]:
@@ -147,14 +146,10 @@ def tar_members(archive: File) -> Iterator[Member]:
 
     Raises `SourceError` if it is damaged or truncated.
     """
-    try:
+    with damage_told(f"--source {archive} is a truncated or damaged tar archive"):
         plain = unpacked(archive)
         with plain.stream() as stream:
             yield from _tar_members(stream, plain.size)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise SourceError(
-            f"--source {archive} is a truncated or damaged tar archive ({error}): copy it again"
-        ) from None
 
 
 def _tar_members(stream: IO[bytes], size: int) -> Iterator[Member]:

@@ -121,7 +121,8 @@ def number_type(kind: Any) -> np.dtype | None:
         return None
     while hasattr(kind, "value_type"):
         kind = kind.value_type
-    return np.dtype(kind.to_pandas_dtype())
+    numbers: np.dtype = np.dtype(kind.to_pandas_dtype())
+    return numbers
 
 
 def _is_nested(kind: Any) -> bool:

@@ -9,6 +9,7 @@ week is deleted.
 from __future__ import annotations
 
 import bz2
+import csv
 import fcntl
 import gzip
 import hashlib
@@ -16,9 +17,14 @@ import io
 import lzma
 import os
 import shutil
+import struct
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +37,38 @@ from biggan.data.sources.source import SourceError
 from biggan.data.sources.splits import split_of
 from biggan.storage import Folder
 
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    NotImplementedError,
+    csv.Error,
+    lzma.LZMAError,
+    pa.ArrowException,
+    struct.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What libraries raise where a file is damaged, or ends too early."""
 _COPY = 1 << 20
 _WEEK = 7 * 24 * 3600
 _STREAMS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """What files begin with that are compressed as one stream."""
+
+
+@contextmanager
+def damage_told(what: str, mend: str = "copy it again") -> Iterator[None]:
+    """Make a `SourceError` of damage that the body meets: `what (the cause): mend`."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except DAMAGE as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"{what} ({cause}): {mend}") from None
 
 
 @dataclass(frozen=True)
@@ -94,6 +128,7 @@ def _handle(file: File) -> Any:
     return file.open()
 
 
+@lru_cache(maxsize=256)
 def unpacked(file: File) -> File:
     """The file, decompressed if it is a compressed stream; a copy on this machine in that case."""
     if not file.compression:
@@ -134,7 +169,7 @@ def _copy(content: IO[bytes], target: IO[bytes]) -> None:
 def cached(file: File, what: str, make: Callable[[IO[bytes]], None]) -> File:
     """What `make` writes of a file, kept on this machine: made by the first process that asks.
 
-    Raises `OSError` or `EOFError` if the file cannot be decompressed, or the disk is full.
+    Raises one of `DAMAGE` if the file cannot be read, or the disk is full.
     """
     folder = _cache()
     key = f"{file.folder.uri}\0{file.size}\0{file.changed}\0{what}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from biggan.data.sources.arrays import ArraySource, Block
 from biggan.data.sources.columns import present
-from biggan.data.sources.files import File, local
+from biggan.data.sources.files import File, damage_told, local
 from biggan.data.sources.options import SourceOptions
 from biggan.data.sources.rows import LONGEST_RUN
 from biggan.data.sources.source import SourceError
@@ -29,21 +29,15 @@ class Hdf5Source(ArraySource):
         """Read the labels; raises `SourceError` if the file is damaged or h5py not installed."""
         # HDF5 would take a file that it still has open for the one that replaced it.
         _handle.cache_clear()
-        try:
-            with _opened(file) as opened:
-                arrays = [name for name, item in opened.items() if hasattr(item, "shape")]
-                images = _name(file, arrays, options.image_column, _IMAGES, "image")
-                labels = _name(file, arrays, options.label_column, _LABELS, "label")
-                shape, chunks = opened[images].shape, opened[images].chunks
-                values = np.asarray(opened[labels][:])
-        except ImportError:
-            raise SourceError(
-                "HDF5 files need h5py, which is not installed: pip install 'biggan-platform[hdf5]'"
-            ) from None
-        except (OSError, RuntimeError, EOFError) as error:
-            raise SourceError(
-                f"--source {file} is a truncated or damaged HDF5 file ({error}): copy it again"
-            ) from None
+        with (
+            damage_told(f"--source {file} is a truncated or damaged HDF5 file"),
+            _opened(file) as opened,
+        ):
+            arrays = [name for name, item in opened.items() if hasattr(item, "shape")]
+            images = _name(file, arrays, options.image_column, _IMAGES, "image")
+            labels = _name(file, arrays, options.label_column, _LABELS, "label")
+            shape, chunks = opened[images].shape, opened[images].chunks
+            values = np.asarray(opened[labels][:])
         if values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
         if values.ndim != 1:
@@ -78,8 +72,12 @@ def _name(file: File, arrays: Sequence[str], wanted: str, known: Sequence[str], 
 
 
 def _opened(file: File) -> Any:
-    import h5py
-
+    try:
+        import h5py
+    except ImportError:
+        raise SourceError(
+            "HDF5 files need h5py, which is not installed: pip install 'biggan-platform[hdf5]'"
+        ) from None
     return h5py.File(local(file), "r", rdcc_nbytes=_CHUNKS)
 
 

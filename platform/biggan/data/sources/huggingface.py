@@ -6,7 +6,8 @@ Read with pyarrow alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from biggan.data.sources.columns import (
     label_column,
     number_type,
 )
-from biggan.data.sources.files import File
+from biggan.data.sources.files import File, damage_told
 from biggan.data.sources.folders import describe
 from biggan.data.sources.labels import classify
 from biggan.data.sources.options import SourceOptions
@@ -78,7 +79,7 @@ class HuggingFaceSource(RowSource):
                 raise SourceError(
                     f"--source {file} has other columns than {self.files[0].name}: save them anew"
                 )
-            for offset, size, batch in _batches(file, schema):
+            for offset, size, batch in _batches(file, schema, self.label):
                 places.append((number, offset, size, batch.num_rows))
                 labels = batch.column(schema.get_field_index(self.label))
                 # A copy, so that the batch it is a part of need not stay in memory.
@@ -89,7 +90,9 @@ class HuggingFaceSource(RowSource):
     def _contents(self, batch: int, rows: np.ndarray) -> list[Any]:
         file = self.files[self.file_of[batch]]
         found = _batch(file, int(self.offsets[batch]), int(self.sizes[batch]))
-        taken: list[Any] = _storage(found[self.image]).take(pa.array(rows)).to_pylist()
+        column = _storage(found[self.image])
+        column.validate(full=True)  # Damaged offsets would end the process.
+        taken: list[Any] = column.take(pa.array(rows)).to_pylist()
         return taken
 
     def _ref(self, batch: int, row: int) -> str:
@@ -165,37 +168,31 @@ def _noted(root: Folder) -> dict[str, dict[str, Any]]:
 
 
 def _schema(file: File) -> Any:
-    try:
-        with file.open() as stream:
-            return pa.ipc.open_stream(stream).schema
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from None
+    with _damage_told(file), file.open() as stream:
+        return pa.ipc.open_stream(stream).schema
 
 
-def _batches(file: File, schema: Any) -> Any:
+def _batches(file: File, schema: Any, label: str) -> Iterator[tuple[int, int, Any]]:
     """Offset, size and content of every record batch in a file."""
-    try:
-        opened = pa.memory_map(file.folder.path) if file.folder.is_local else file.open()
-        with opened as stream:
-            pa.ipc.read_message(stream)  # The schema.
-            while stream.tell() < file.size - len(_END):
-                offset = stream.tell()
-                message = pa.ipc.read_message(stream)
-                if message.type != "record batch":
-                    raise SourceError(f"--source {file} holds a {message.type}: save it anew")
-                batch = pa.ipc.read_record_batch(message, schema)
-                yield offset, stream.tell() - offset, batch
-            if stream.read() != _END:
-                raise OSError("its end marker is missing")
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise _damaged(file, error) from None
+    with (
+        _damage_told(file),
+        pa.memory_map(file.folder.path) if file.folder.is_local else file.open() as stream,
+    ):
+        pa.ipc.read_message(stream)  # The schema.
+        while stream.tell() < file.size - len(_END):
+            offset = stream.tell()
+            message = pa.ipc.read_message(stream)
+            if message.type != "record batch":
+                raise SourceError(f"--source {file} holds a {message.type}: save it anew")
+            batch = pa.ipc.read_record_batch(message, schema)
+            batch.column(schema.get_field_index(label)).validate(full=True)
+            yield offset, stream.tell() - offset, batch
+        if stream.read() != _END:
+            raise OSError("its end marker is missing")
 
 
-def _damaged(file: File, error: Exception) -> SourceError:
-    return SourceError(
-        f"--source {file} is a truncated or damaged Arrow stream"
-        f" ({' '.join(str(error).split())}): save or copy it again"
-    )
+def _damage_told(file: File) -> AbstractContextManager[None]:
+    return damage_told(f"--source {file} is a truncated or damaged Arrow stream")
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from biggan.data.sources.arrays import ArraySource, Block
-from biggan.data.sources.files import File, decompressed, local, unpacked
+from biggan.data.sources.files import DAMAGE, File, damage_told, decompressed, local, unpacked
 from biggan.data.sources.options import SourceOptions
 from biggan.data.sources.source import SourceError
 from biggan.data.sources.splits import choose, split_of
@@ -98,13 +98,9 @@ def _block(folder: Folder, images: str, split: str) -> Block:
 
 def _check(file: File) -> None:
     """Raises `SourceError` unless the file holds just what its header promises."""
-    try:
+    with damage_told(f"--source {file} is a truncated or damaged IDX file"):
         plain = unpacked(file)
         dtype, shape, offset = _header(plain)
-    except (OSError, EOFError, ValueError, struct.error) as error:
-        raise SourceError(
-            f"--source {file} is a truncated or damaged IDX file ({error}): copy it again"
-        ) from None
     expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if plain.size != expected:
         kind = "truncated" if plain.size < expected else "damaged"
@@ -137,5 +133,5 @@ def begins_as_idx(file: File) -> bool:
     try:
         with decompressed(file) as content:
             return is_idx(content.read(4))
-    except (OSError, EOFError):
+    except DAMAGE:
         return False

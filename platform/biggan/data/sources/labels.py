@@ -210,7 +210,7 @@ def _some(numbers: list[int]) -> str:
 
 def gaps_of_names(classes: Sequence[str], column: str = "folders") -> list[Finding]:
     """Gaps in classes named by numbers from 0 or 1; years and other numbers are names."""
-    if not all(name.isascii() and name.isdecimal() for name in classes):
+    if not classes or not all(name.isascii() and name.isdecimal() for name in classes):
         return []
     numbers = np.unique([int(name[:18]) for name in classes])
     return gaps(numbers, column=column) if numbers[0] <= 1 else []

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from biggan.data.sources.arrays import ArraySource, Block
 from biggan.data.sources.columns import present
-from biggan.data.sources.files import File, cached
+from biggan.data.sources.files import File, cached, damage_told
 from biggan.data.sources.options import SourceOptions
 from biggan.data.sources.source import SourceError
 from biggan.data.sources.splits import choose
@@ -49,13 +48,12 @@ class NpzSource(ArraySource):
 
 
 def _members(file: File) -> list[str]:
-    try:
-        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise SourceError(
-            f"--source {file} is truncated or no NumPy archive ({error}): copy it again"
-        ) from None
+    with (
+        damage_told(f"--source {file} is truncated or no NumPy archive"),
+        file.stream() as stream,
+        zipfile.ZipFile(stream) as archive,
+    ):
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def _pairs(file: File, names: Sequence[str], options: SourceOptions) -> list[tuple[str, str, str]]:
@@ -84,14 +82,10 @@ def _pairs(file: File, names: Sequence[str], options: SourceOptions) -> list[tup
 
 
 def _block(file: File, split: str, images: str, labels: str) -> Block:
-    try:
+    what = f"--source {file}: {images!r} or {labels!r} cannot be read"
+    with damage_told(what, "copy it again, or save it as numbers only"):
         shape = open_array(file, images).shape
         values = np.array(open_array(file, labels))
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
-        raise SourceError(
-            f"--source {file}: {images!r} or {labels!r} cannot be read ({error}): copy it again, or"
-            " save it as numbers only"
-        ) from None
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
@@ -120,8 +114,3 @@ def _unpack(file: File, name: str) -> Callable[[IO[bytes]], None]:
                 shutil.copyfileobj(content, target, 1 << 20)
 
     return write
-
-
-def is_npz(members: Sequence[Any]) -> bool:
-    """Whether a ZIP archive's members are NumPy arrays."""
-    return bool(members) and all(str(name).endswith(".npy") and "/" not in name for name in members)

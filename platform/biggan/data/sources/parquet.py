@@ -18,7 +18,7 @@ from biggan.data.sources.columns import (
     label_column,
     number_type,
 )
-from biggan.data.sources.files import File, cached, is_named, splits_of
+from biggan.data.sources.files import File, cached, damage_told, is_named, splits_of
 from biggan.data.sources.folders import describe
 from biggan.data.sources.labels import classify
 from biggan.data.sources.options import SourceOptions
@@ -34,14 +34,11 @@ _CACHED_ROWS = 64
 
 def open_footer(file: File) -> Any:
     """What a Parquet file says of itself; raises `SourceError` if it is damaged or truncated."""
-    try:
-        with file.open() as opened:
-            return pq.read_metadata(opened)
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(
-            f"--source {file} is a truncated or damaged Parquet file"
-            f" ({' '.join(str(error).split())}): copy it again"
-        ) from None
+    with (
+        damage_told(f"--source {file} is a truncated or damaged Parquet file"),
+        file.open() as opened,
+    ):
+        return pq.read_metadata(opened)
 
 
 class ParquetSource(RowSource):
@@ -92,16 +89,10 @@ class ParquetSource(RowSource):
         self.first_of_file = first[:-1]
 
     def _labels(self, file: File, schema: Any) -> Any:
-        try:
-            with file.open() as opened:
-                table = pq.read_table(opened, columns=[self.label])
-            column = table[self.label].combine_chunks()
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise SourceError(
-                f"--source {file}: column {self.label!r} cannot be read"
-                f" ({' '.join(str(error).split())}): is the file damaged, or of another kind than"
-                f" the first, {self.files[0].name}?"
-            ) from None
+        what = f"--source {file}: column {self.label!r} cannot be read"
+        mend = f"is it damaged, or has it other columns than the first, {self.files[0].name}?"
+        with damage_told(what, mend), file.open() as opened:
+            column = pq.read_table(opened, columns=[self.label])[self.label].combine_chunks()
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if pa.types.is_dictionary(schema.field(self.label).type):

@@ -25,7 +25,7 @@ from biggan.data.sources.columns import (
     present,
 )
 from biggan.data.sources.decoding import is_image_name
-from biggan.data.sources.files import File, decompressed
+from biggan.data.sources.files import File, damage_told, decompressed
 from biggan.data.sources.folders import FileSource, describe, list_folder, placed
 from biggan.data.sources.labels import classify, listed
 from biggan.data.sources.options import SourceOptions
@@ -54,22 +54,17 @@ class Table:
 
 def read_table(file: File) -> Table:
     """A CSV, TSV or Parquet table; raises `SourceError` if it is damaged."""
-    try:
+    with damage_told(f"--source {file} is no table of UTF-8 text or Parquet", "save it anew"):
         if file.size >= 4 and file.read(0, 4) == b"PAR1":
             with file.open() as opened:
                 return Table(pq.read_table(opened), text=False, rejected=[])
         return _read_text(file)
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(
-            f"--source {file} is no table of UTF-8 text or Parquet, or damaged"
-            f" ({' '.join(str(error).split())}): save it anew"
-        ) from None
 
 
 def _read_text(file: File) -> Table:
     with decompressed(file) as stream:
         content = stream.read()
-    line = content[: content.find(b"\n") + 1 or None].decode("utf-8-sig")
+    line = next(iter(content.decode("utf-8-sig").splitlines()), "")
     delimiter = max(",\t;", key=line.count)
     cells = next(csv.reader([line], delimiter=delimiter), [])
     headed = not any(is_image_name(cell) for cell in cells)
@@ -267,7 +262,7 @@ def _columns(file: File, table: Table, options: SourceOptions) -> tuple[str, str
 
 
 def _path_column(columns: Any, where: str) -> str:
-    words = [
+    words: list[str] = [
         field.name
         for field in columns.schema
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
@@ -276,7 +271,7 @@ def _path_column(columns: Any, where: str) -> str:
         some = [word for word in columns[name].slice(0, 20).to_pylist() if word]
         if some and sum(map(is_image_name, some)) > _MOSTLY * len(some):
             return name
-    known = {name.lower(): name for name in reversed(columns.column_names)}
+    known: dict[str, str] = {name.lower(): name for name in reversed(columns.column_names)}
     for name in PATH_NAMES:
         if name in known:
             return known[name]
