@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from biggan.commands import parse, run_command
 from biggan.data.describe import describe
 from biggan.data.preparation import Preparation, PreparationError, prepare
-from biggan.data.sources import Check
+from biggan.data.sources import Check, SourceOptions
 
 
 @dataclass(frozen=True)
 class Prepare:
     """Make a dataset of labelled images: standardized, stored as Parquet, with FID's reference.
 
-    The source is a folder with one sub-folder of images a class, on disk or in an object store,
-    or `digits`: 1,797 handwritten digits that come with the installation. Whatever Pillow opens is
-    an image; EXIF orientation, transparency, palettes and 16-bit depths are taken care of.
+    The source is a folder with one sub-folder of images a class, on disk or in an object store; a
+    ZIP or tar of one; WebDataset shards; Parquet, or Hugging Face datasets on disk; CIFAR's
+    batches, MNIST's IDX files, MedMNIST's .npz, BigGAN-PyTorch's HDF5; DICOM files with a table of
+    labels; a CSV or Parquet table of paths and labels; a dataset prepared before; or `digits`,
+    1,797 handwritten digits that come with the installation. What it is is found out by looking.
+    EXIF orientation, transparency, palettes and 16-bit depths are taken care of.
 
     python jobs/prepare.py --source digits
 
     python jobs/prepare.py --source ~/pets --name pets --resolution 64 --held-out 0.1
+
+    python jobs/prepare.py --source ~/scans --labels ~/scans.csv --window 40 400 --name ct
 
     python jobs/prepare.py --describe pets
 
@@ -37,7 +44,8 @@ class Prepare:
     """
 
     source: str = ""
-    """`digits`, or a folder (path or URI) with one sub-folder of images a class."""
+    """Path or URI of labelled images, or `digits`."""
+    options: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
     describe: str = ""
     """Instead of preparing, show a dataset: counts by class, examples, sizes, rejects; on the
     console and as `describe.html` in its folder."""
@@ -65,6 +73,9 @@ class Prepare:
     min_class_images: int = 2
     """Fail if a class has fewer images. The classifier behind the reference learns from one and is
     checked on another; with --held-out, a third is held out."""
+    min_accuracy: float | None = None
+    """Fail if that classifier gets less of the images it has not seen right, from 0 to 1. By
+    default it must be clearly better than always the largest class."""
     allow: tuple[Check, ...] = ()
     """Findings that are to pass: one-class, labels, gaps, few-images, channels, empty-images."""
     overwrite: bool = False
@@ -85,7 +96,9 @@ class Prepare:
             held_out=self.held_out,
             seed=self.seed,
             min_class_images=self.min_class_images,
+            min_accuracy=self.min_accuracy,
             allow=self.allow,
+            options=self.options,
         )
 
 

@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     Commands print it as one line and exit with status 2; anything else is a defect of ours.
     """
+
+    resumable = False
+    """Whether the same command with the mend goes on from what has been done."""

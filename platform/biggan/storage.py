@@ -213,7 +213,8 @@ class Folder:
         there is such a folder by then.
 
         With a `key` (hexadecimal) the temporary folder is the same whenever the key is, and only a
-        `UserError` deletes it: after anything else, the next body finds what this one has written.
+        `UserError` that is not resumable deletes it: after anything else, the next body finds what
+        this one has written.
         """
         draft = self.parent / f".{self.name}.{key or uuid.uuid4().hex[:8]}.partial"
         draft.filesystem.create_dir(draft.path, recursive=True)
@@ -226,7 +227,7 @@ class Folder:
             else:
                 self._replace_remotely(draft, marker)
         except BaseException as error:
-            if not key or isinstance(error, UserError):
+            if not key or (isinstance(error, UserError) and not error.resumable):
                 draft.delete()
             raise
         draft.delete()

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
 
 from biggan.config import RESOLUTIONS
 from biggan.data.images import Fit
-from biggan.data.sources import Check, Source
+from biggan.data.sources import Check, Source, SourceOptions
 from biggan.errors import UserError
 from biggan.latents import Stream, check_seed, rng
 
@@ -31,7 +31,7 @@ class Preparation:
     """How a source becomes a dataset."""
 
     source: str
-    """`digits`, or a folder (path or URI) with one sub-folder of images a class."""
+    """`digits`, or a path or URI of labelled images of any kind that `data.sources` knows."""
     resolution: int
     """Side of the square images in pixels: 8, 16, 32, 64, 128, 256 or 512."""
     channels: int | None = None
@@ -51,8 +51,13 @@ class Preparation:
     min_class_images: int = 2
     """Fewest images of a class. The classifier behind the reference learns from one and is checked
     on another."""
+    min_accuracy: float | None = None
+    """Least accuracy of that classifier on images it has not seen, from 0 to 1; below it, its
+    features say nothing. None: clearly better than always the largest class."""
     allow: tuple[Check, ...] = ()
     """What may pass that is most likely a mistake."""
+    options: SourceOptions = field(default_factory=SourceOptions)
+    """How to read a source that does not explain itself."""
 
     def __post_init__(self) -> None:
         if self.resolution not in RESOLUTIONS:
@@ -71,6 +76,8 @@ class Preparation:
             raise PreparationError(f"min_class_images {self.min_class_images}: must be 1 or more")
         for check in set(self.allow) - set(get_args(Check)):
             raise PreparationError(f"allow {check!r}: must be of {', '.join(get_args(Check))}")
+        if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:
+            raise PreparationError(f"min_accuracy {self.min_accuracy}: must be from 0 to 1")
         check_seed(self.seed)
 
     def settings(self) -> dict[str, Any]:

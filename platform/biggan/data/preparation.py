@@ -28,7 +28,13 @@ from biggan.data.progress import ImageProgress
 from biggan.data.selection import REJECTED_KEPT, Selection, Tally
 from biggan.data.shards import Record, finished_shards, sort_out, write_shard
 from biggan.data.sources import Source, open_source
-from biggan.metrics.extractors import Classifier, load_extractor, save_classifier, train_classifier
+from biggan.metrics.extractors import (
+    Classifier,
+    check_accuracy,
+    load_extractor,
+    save_classifier,
+    train_classifier,
+)
 from biggan.metrics.reference import Reference
 from biggan.storage import Folder, locate
 
@@ -63,7 +69,7 @@ def prepare(
     included, the same call goes on where this one stopped.
     """
     folder = locate("datasets", name, root)
-    source = open_source(preparation.source)
+    source = open_source(preparation.source, preparation.options)
     with claimed(folder) as claim:
         if not folder.exists(DESCRIPTION) and any(map(_is_foreign, folder.children())):
             raise PreparationError(
@@ -80,7 +86,7 @@ def prepare(
         with folder.created_whole(marker=DESCRIPTION, key=key) as draft:
             work = Work(preparation, source, plan, draft)
             info = _write_images(work, told, progress)
-            _measure_reference(draft, progress)
+            _measure_reference(draft, info, preparation.min_accuracy, progress)
             _sweep_up(draft)
             claim.check()
         folder.delete_drafts()
@@ -237,7 +243,9 @@ def _sort_out(work: Work, chosen: Selection) -> None:
         pass
 
 
-def _measure_reference(draft: Folder, progress: Progress) -> None:
+def _measure_reference(
+    draft: Folder, info: DatasetInfo, min_accuracy: float | None, progress: Progress
+) -> None:
     """Train the built-in extractor and take the dataset's moments, on the best machine there is."""
     node = largest_node()
     progress("training the classifier whose features FID compares")
@@ -246,6 +254,7 @@ def _measure_reference(draft: Folder, progress: Progress) -> None:
     task = ray.remote(measure_reference).options(num_cpus=1, num_gpus=min(1, node.gpus))
     accuracy = ray.get(task.remote(draft, max(1, node.cpus)))
     progress(f"classifier: {accuracy:.1%} of the images that it did not learn from right")
+    check_accuracy(accuracy, info.counts, min_accuracy)
 
 
 def measure_reference(folder: Folder, threads: int) -> float:

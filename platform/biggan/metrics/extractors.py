@@ -31,7 +31,7 @@ from biggan.config import ConfigError
 from biggan.data.dataset import Dataset, DatasetInfo, Progress
 from biggan.latents import Stream, rng
 from biggan.metrics.inception import FEATURES, Inception, Resize
-from biggan.metrics.weights import ExtractorError, inception_weights, read_file
+from biggan.metrics.weights import ExtractorError, WeakClassifierError, inception_weights, read_file
 from biggan.pixels import from_uint8
 from biggan.storage import Folder, StorageError, absolute
 
@@ -213,7 +213,7 @@ def check_accuracy(accuracy: float, counts: Sequence[int], floor: float | None =
         luck = 3 * math.sqrt(p * (1 - p) / held_out)
         floor = p + min(max(p * (1 - p), luck), (1 - p) / 2)
     if accuracy < floor:
-        raise ExtractorError(
+        raise WeakClassifierError(
             f"the classifier whose features FID would compare gets {accuracy:.1%} of {held_out:,}"
             f" held-out images right, must be {floor:.1%} or more (always the largest class:"
             f" {p:.1%}): check that the labels fit the images, give more images, use --extractor"

@@ -36,6 +36,12 @@ class ExtractorError(UserError):
     """A feature network that cannot be had, or is not fit to judge by."""
 
 
+class WeakClassifierError(ExtractorError):
+    """A classifier whose features mean nothing; the images it was trained on are as they were."""
+
+    resumable = True
+
+
 @dataclass(frozen=True)
 class Weights:
     """A weights file's content, and where it came from."""

@@ -1,23 +1,22 @@
-"""Where images come from: what a dataset is prepared from."""
+"""Where images come from: what a dataset is prepared from.
+
+`open_source` finds out what lies at a path. Each kind of source has a module; those that keep
+their images alike share one: files (`folders`), members of archives (`archives`), rows of tables
+(`rows`), large arrays (`arrays`).
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from biggan.data.sources.digits import DigitsSource
-from biggan.data.sources.folders import ClassFolders
+from biggan.data.sources.opening import open_source
+from biggan.data.sources.options import SourceOptions
 from biggan.data.sources.source import Check, Finding, Sample, Source, SourceError
-from biggan.storage import Folder
 
-__all__ = ["Check", "Finding", "Sample", "Source", "SourceError", "open_source"]
-
-
-def open_source(spec: str) -> Source:
-    """The source that `spec` names.
-
-    That is `digits`, or a folder (path or URI) with one sub-folder of images a class. Raises
-    `SourceError` if there is nothing usable.
-    """
-    if spec == "digits":
-        return DigitsSource()
-    return ClassFolders(Folder(spec if "://" in spec else str(Path(spec).expanduser().resolve())))
+__all__ = [
+    "Check",
+    "Finding",
+    "Sample",
+    "Source",
+    "SourceError",
+    "SourceOptions",
+    "open_source",
+]

@@ -1,0 +1,228 @@
+"""What a source is, found out by looking at it."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+import struct
+from collections.abc import Sequence
+from itertools import islice
+
+from pyarrow import fs
+
+from biggan.data.sources import hdf5, huggingface, idx
+from biggan.data.sources.archives import tar_members
+from biggan.data.sources.cifar import is_cifar
+from biggan.data.sources.columns import has_images
+from biggan.data.sources.decoding import is_image_name
+from biggan.data.sources.dicom import MAGIC as DICOM_MAGIC
+from biggan.data.sources.files import DAMAGE, File, decompressed
+from biggan.data.sources.folders import is_litter
+from biggan.data.sources.options import Kind
+from biggan.data.sources.parquet import open_footer
+from biggan.data.sources.source import SourceError, natural
+from biggan.data.sources.splits import split_named
+from biggan.data.sources.table import SUFFIXES
+from biggan.data.sources.webdataset import is_webdataset
+from biggan.storage import Folder, absolute
+
+_TAR = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_INNER = ("cifar-10-batches-py", "cifar-100-python", "MNIST/raw", "raw", "data")
+"""Folders in which others' downloads put what is looked for."""
+_BY_SUFFIX: dict[str, Kind] = {
+    ".zip": "zip",
+    ".npz": "npz",
+    ".parquet": "parquet",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".arrow": "huggingface",
+    **dict.fromkeys(_TAR, "tar"),
+}
+
+
+def expand(spec: str) -> list[str]:
+    """The paths or URIs that a pattern such as `train-{000..012}.tar` or `*.tar` names.
+
+    Raises `SourceError` if there is none.
+    """
+    written = [absolute(each) for each in _braces(spec)]
+    found: list[str] = []
+    for each in written:
+        if "*" not in each:
+            found.append(each)
+            continue
+        folder, pattern = Folder(each).parent, Folder(each).name
+        if "*" in folder.uri:
+            raise SourceError(f"--source {spec}: only the last part of a path may hold a '*'")
+        names = fnmatch.filter(folder.children(), pattern)
+        found += [(folder / name).uri for name in sorted(names, key=natural)]
+    if not found:
+        raise SourceError(f"--source {spec} names no file that is there")
+    return found
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether a source is named by a pattern: an existing path is not one."""
+    return bool(re.search(r"\*|\{.*(,|\.\.).*\}", spec)) and not Folder(absolute(spec)).exists()
+
+
+def _braces(spec: str) -> list[str]:
+    """`a{1..3}` is a1, a2, a3; `{01..10}` keeps its zeros; `{x,y}` is x, y."""
+    choices = []
+    for i, part in enumerate(re.split(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", spec)):
+        if i % 2 == 0:
+            choices.append([part])
+        elif numbers := re.fullmatch(r"(\d+)\.\.(\d+)", part):
+            first, last = numbers.groups()
+            choices.append([f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part.split(","))
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def detect(place: Folder) -> tuple[Kind, Folder]:
+    """What lies at a path or URI, and where exactly; raises `SourceError` if that is unclear."""
+    if place.is_folder():
+        return _detect_folder(place)
+    return _detect_file(File.find(place)), place
+
+
+def _detect_folder(place: Folder) -> tuple[Kind, Folder]:
+    names = [name for name in place.children() if not is_litter(name)]
+    kind = _kind_of(place, names)
+    if kind:
+        return kind, place
+    for inner in _INNER:
+        folder = place / inner
+        if inner.partition("/")[0] in names and folder.is_folder():
+            kind = _kind_of(folder, folder.children())
+            if kind:
+                return kind, folder
+    for name in filter(split_named, names):
+        kind = _kind_of(place / name, (place / name).children())
+        if kind in ("parquet", "webdataset"):
+            return kind, place
+    return ("dicom" if _holds_dicom(place) else "folders"), place
+
+
+def _kind_of(place: Folder, names: Sequence[str]) -> Kind | None:
+    """What a folder is by the files right in it; None if these say nothing."""
+    parquet = [name for name in names if name.endswith(".parquet")]
+    if "dataset.json" in names and any(name.startswith("part-") for name in parquet):
+        return "prepared"
+    if huggingface.is_huggingface(names):
+        return "huggingface"
+    if is_cifar([name for name in names if not (place / name).is_folder()]):
+        return "cifar"
+    if idx.images_files(names):
+        return "idx"
+    if any(name.endswith(_TAR) for name in names):
+        return "webdataset"
+    if any(map(is_image_name, names)):
+        return None
+    if parquet and has_images(_schema(File.find(place / parquet[0]))):
+        return "parquet"
+    return None
+
+
+def _schema(file: File) -> object:
+    return open_footer(file).schema.to_arrow_schema()
+
+
+def _holds_dicom(place: Folder, look_at: int = 3) -> bool:
+    """Whether the first files of a folder, or of its first sub-folders, are DICOM."""
+    seen = 0
+    queue = [place]
+    while queue and seen < look_at:
+        folder = queue.pop(0)
+        below = []
+        for name in folder.children():
+            if is_litter(name) or name.endswith((*SUFFIXES, ".parquet", ".txt", ".json")):
+                continue
+            if name.lower().endswith((".dcm", ".dicom")):
+                return True
+            child = folder / name
+            if child.is_folder():
+                below.append(child)
+                continue
+            seen += 1
+            if is_image_name(name) or seen > look_at:
+                return False
+            if child.size("") > 132 and File.find(child).read(128, 4) == DICOM_MAGIC:
+                return True
+        queue += below[:look_at]
+        if len(queue) > 20:
+            return False
+    return False
+
+
+def _detect_file(file: File) -> Kind:
+    if not file.size:
+        raise SourceError(f"--source {file} is empty: copy it again")
+    head = file.read(0, min(file.size, 512))
+    kind = _by_content(file, head)
+    if kind:
+        return kind
+    name = file.name.lower()
+    for suffix, kind in _BY_SUFFIX.items():
+        if name.endswith(suffix):
+            return kind
+    if name.endswith((*SUFFIXES, ".txt")):
+        return "table"
+    one = is_image_name(name) or head[128:132] == DICOM_MAGIC
+    raise SourceError(
+        f"--source {file} is a file: expected a folder with one sub-folder a class, an archive"
+        f" (.zip, .tar), .parquet, .npz, .hdf5, IDX, or a .csv of paths and labels; this is"
+        f" {'one image' if one else 'none of them'}"
+    )
+
+
+def _by_content(file: File, head: bytes) -> Kind | None:
+    if head[:4] == b"PK\5\6":  # An archive of nothing.
+        return "zip"
+    if head[:4] == b"PK\3\4":
+        (length,) = struct.unpack("<H", head[26:28])
+        return "npz" if head[30 : 30 + length].endswith(b".npy") else "zip"
+    if head[:4] == b"PAR1":
+        return "parquet" if has_images(_schema(file)) else "table"
+    if head[:8] == hdf5.MAGIC:
+        return "hdf5"
+    if idx.is_idx(head) or (file.compression and idx.begins_as_idx(file)):
+        return "idx"
+    if head[257:262] == b"ustar" or (file.compression and _begins_as_tar(file)):
+        return _tar_kind(file)
+    if head[:4] == b"\xff\xff\xff\xff":
+        return "huggingface"
+    return None
+
+
+def _begins_as_tar(file: File) -> bool:
+    try:
+        with decompressed(file) as content:
+            return content.read(262)[257:] == b"ustar"
+    except DAMAGE:
+        return False
+
+
+def _tar_kind(file: File) -> Kind:
+    if is_cifar([member.name.rpartition("/")[2] for member in islice(tar_members(file), 20)]):
+        return "cifar"
+    return "webdataset" if is_webdataset(file) else "tar"
+
+
+def table_among(place: Folder) -> File | None:
+    """The one table in a folder whose sub-folders are no classes; None if there is none."""
+    names = [name for name in place.children() if not is_litter(name)]
+    tables = [name for name in names if name.lower().endswith((*SUFFIXES, ".parquet"))]
+    folders = [name for name in names if name not in tables and (place / name).is_folder()]
+    if len(tables) != 1 or (len(folders) > 1 and not all(map(split_named, folders))):
+        return None
+    if folders and all(map(split_named, folders)) and _has_folders(place / folders[0]):
+        return None
+    return File.find(place / tables[0])
+
+
+def _has_folders(place: Folder) -> bool:
+    infos = place.filesystem.get_file_info(fs.FileSelector(place.path))
+    return any(info.type == fs.FileType.Directory for info in infos)
