@@ -13,11 +13,14 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom
+import pydicom.data
 import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
@@ -26,6 +29,8 @@ from biggan.data.dataset import DatasetInfo, encode
 from biggan.data.images import standardize
 from biggan.data.sources import SourceError, SourceOptions, open_source
 from biggan.data.sources import parquet as parquet_module
+from biggan.data.sources.decoding import decode_image
+from biggan.storage import Folder
 
 SIDE = 6
 CLASSES = ["bird", "cat", "dog"]
@@ -1085,12 +1090,53 @@ def test_files_that_are_no_source(tmp_path):
     fails(tmp_path / "none", "does not exist")
 
 
-def test_any_uri(tmp_path):
-    images, labels = pictures(9), names(9)
-    folder = class_folders(tmp_path / "folder", images, labels)
-    check(open_source(f"file://{folder}"), images, labels)
-    zipped(tmp_path / "a.zip", folder)
-    check(open_source(f"file://{tmp_path}/a.zip"), images, labels)
+def everything(root, images, labels):
+    """The same images and labels (0, 1, 2) in each form that can hold them."""
+    numbers = [int(label) for label in labels]
+    folder = class_folders(root / "folder", images, labels)
+    yield folder
+    yield zipped(root / "a.zip", folder)
+    yield tarred(root / "a.tar", folder)
+    yield tarred(root / "a.tar.gz", folder, "w:gz")
+    shards(root / "shards", images, labels)
+    yield root / "shards"
+    rows = pa.array(image_rows(images), STRUCT)
+    pq.write_table(pa.table({"image": rows, "label": numbers}), root / "a.parquet")
+    yield root / "a.parquet"
+    yield saved(root / "saved", images, numbers, class_names=["0", "1", "2"])
+    (root / "idx").mkdir()
+    idx_pair(root / "idx", images, np.array(numbers, np.uint8))
+    yield root / "idx"
+    np.savez_compressed(root / "a.npz", train_images=images, train_labels=numbers)
+    yield root / "a.npz"
+    with h5py.File(root / "a.h5", "w") as file:
+        file["imgs"], file["labels"] = images.transpose(0, 3, 1, 2), numbers
+    yield root / "a.h5"
+    rows = [(f"folder/{label}/{i}.png", label) for i, label in enumerate(labels)]
+    yield table(root / "a.csv", rows)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_one_set_in_every_form_at_any_uri(tmp_path, monkeypatch, remote):
+    images, labels = pictures(9), ["0", "1", "2"] * 3
+    paths = list(everything(tmp_path, images, labels))
+    assert len(paths) == 11
+    if remote:  # A local filesystem, treated as any other.
+        monkeypatch.setattr(Folder, "is_local", property(lambda folder: False))
+    for path in paths:
+        source = open_source(f"file://{path}")
+        assert source.classes == ["0", "1", "2"], path
+        check(source, images, labels)
+        assert len(pickle.dumps(source)) < 6000 + 150 * len(images)
+
+
+def test_real_dicom():
+    content = Path(pydicom.data.get_testdata_file("CT_small.dcm")).read_bytes()
+    header = pydicom.dcmread(io.BytesIO(content))
+    values = header.pixel_array * float(header.RescaleSlope) + float(header.RescaleIntercept)
+    level, width = 40, 400
+    expected = ((values - (level - 0.5)) / (width - 1) + 0.5).clip(0, 1) * 255
+    assert np.abs(decode_image(content, (level, width)) - expected).max() <= 0.5
 
 
 def test_the_digits_by_class():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-import struct
 from collections.abc import Sequence
 from itertools import islice
 
@@ -182,7 +181,7 @@ def _by_content(file: File, head: bytes) -> Kind | None:
     if head[:4] == b"PK\5\6":  # An archive of nothing.
         return "zip"
     if head[:4] == b"PK\3\4":
-        (length,) = struct.unpack("<H", head[26:28])
+        length = int.from_bytes(head[26:28], "little")
         return "npz" if head[30 : 30 + length].endswith(b".npy") else "zip"
     if head[:4] == b"PAR1":
         return "parquet" if has_images(_schema(file)) else "table"

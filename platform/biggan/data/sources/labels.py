@@ -47,7 +47,14 @@ def classify(
     CSV files, words that are numbers one and all are numbers. Raises `SourceError` if labels are of
     a kind that cannot say one class each, or there is none.
     """
-    raw = _flat(raw, column)
+    try:
+        raw = _flat(raw, column)
+        raw.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise SourceError(
+            f"labels {column!r} cannot be read ({' '.join(str(error).split())}): copy the file"
+            " again, or name another --label-column"
+        ) from None
     if text:
         raw = _numbers(raw)
     reasons: dict[int, str] = {int(row): "no label" for row in np.flatnonzero(raw.is_null())}

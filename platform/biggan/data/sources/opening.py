@@ -10,7 +10,7 @@ from biggan.data.sources.cifar import CifarSource
 from biggan.data.sources.detection import detect, expand, is_pattern, table_among
 from biggan.data.sources.dicom import require_pydicom
 from biggan.data.sources.digits import DigitsSource
-from biggan.data.sources.files import File
+from biggan.data.sources.files import File, damage_told
 from biggan.data.sources.folders import ClassFolders, list_folder
 from biggan.data.sources.hdf5 import Hdf5Source
 from biggan.data.sources.huggingface import HuggingFaceSource
@@ -52,12 +52,12 @@ def open_source(spec: str, options: SourceOptions = DEFAULTS) -> Source:
     there is nothing usable.
     """
     _check(options)
-    try:
-        source = _open(spec, options)
-    except StorageError as error:
-        raise SourceError(str(error)) from None
-    except OSError as error:  # No permission, no network, ...
-        raise SourceError(f"--source {spec} cannot be read: {error}") from None
+    # What no reader of one kind expects: no permission, no network, damage of an odd sort.
+    with damage_told(f"--source {spec} cannot be read", "look at it with another program"):
+        try:
+            source = _open(spec, options)
+        except StorageError as error:
+            raise SourceError(str(error)) from None
     return Selection(source, options.classes) if options.classes else source
 
 
