@@ -584,7 +584,7 @@ def cifar10(folder, images, labels, keys=str):
     folder.mkdir(parents=True)
     for k in range(2):
         some = slice(k * 6, k * 6 + 6)
-        batch = cifar_batch(images[some], labels[some], keys("labels"), protocol=2)
+        batch = cifar_batch(images[some], labels[some], keys("labels"), protocol=5)
         (folder / f"data_batch_{k + 1}").write_bytes(batch)
     test = cifar_batch(images[12:], labels[12:], keys("labels"))
     (folder / "test_batch").write_bytes(test)
@@ -991,6 +991,23 @@ def test_labels_that_do_not_match_folders(tmp_path):
     options = SourceOptions(labels=str(table(tmp_path.parent / "outside.csv", rows)))
     (finding,) = open_source(str(tmp_path), options).findings
     assert finding.check == "labels"
+
+
+def test_a_table_found_among_folders(tmp_path):
+    labels = names(30)
+    class_folders(tmp_path, pictures(30), labels)
+    rows = [(f"{label}/{i}.png", label) for i, label in enumerate(labels)]
+    rows[7] = (rows[7][0], "dog")
+    path = table(tmp_path / "labels.csv", rows)
+    source = open_source(str(tmp_path))
+    assert "1 of 30 labels do not match" in source.findings[0].text
+    assert source.description["labels"] == str(path)
+    assert open_source(str(tmp_path), SourceOptions(kind="folders")).findings == []
+    for header in ("path,width", "size,weight"):  # It says nothing of classes.
+        table(path, [(f"{label}/{i}.png", i) for i, label in enumerate(labels)], header)
+        source = open_source(str(tmp_path))
+        assert source.classes == CLASSES
+        assert [r.path for r in source.rejected] == ["labels.csv"]
 
 
 def test_folders_that_are_no_classes_say_nothing(tmp_path):

@@ -10,6 +10,7 @@ from itertools import islice
 
 from pyarrow import fs
 
+from biggan.data.dataset import DESCRIPTION
 from biggan.data.sources import hdf5, huggingface, idx
 from biggan.data.sources.archives import tar_members
 from biggan.data.sources.cifar import is_cifar
@@ -88,38 +89,38 @@ def detect(place: Folder) -> tuple[Kind, Folder]:
 
 
 def _detect_folder(place: Folder) -> tuple[Kind, Folder]:
-    names = [name for name in place.children() if not is_litter(name)]
-    kind = _kind_of(place, names)
+    files, folders = entries(place)
+    kind = _kind_of(place, files, folders)
     if kind:
         return kind, place
     for inner in _INNER:
         folder = place / inner
-        if inner.partition("/")[0] in names and folder.is_folder():
-            kind = _kind_of(folder, folder.children())
+        if inner.partition("/")[0] in folders and folder.is_folder():
+            kind = _kind_of(folder, *entries(folder))
             if kind:
                 return kind, folder
-    for name in filter(split_named, names):
-        kind = _kind_of(place / name, (place / name).children())
+    for name in filter(split_named, folders):
+        kind = _kind_of(place / name, *entries(place / name))
         if kind in ("parquet", "webdataset"):
             return kind, place
     return ("dicom" if _holds_dicom(place) else "folders"), place
 
 
-def _kind_of(place: Folder, names: Sequence[str]) -> Kind | None:
-    """What a folder is by the files right in it; None if these say nothing."""
-    parquet = [name for name in names if name.endswith(".parquet")]
-    if "dataset.json" in names and any(name.startswith("part-") for name in parquet):
+def _kind_of(place: Folder, files: Sequence[str], folders: Sequence[str]) -> Kind | None:
+    """What a folder is by the names in it; None if these say nothing."""
+    parquet = [name for name in files if name.endswith(".parquet")]
+    if DESCRIPTION in files and any(name.startswith("part-") for name in parquet):
         return "prepared"
-    if huggingface.is_huggingface(names):
+    if huggingface.is_huggingface([*files, *folders]):
         return "huggingface"
-    if is_cifar([name for name in names if not (place / name).is_folder()]):
+    if is_cifar(files):
         return "cifar"
-    if idx.images_files(names):
+    if idx.images_files(files):
         return "idx"
-    if any(name.endswith(_TAR) for name in names):
-        return "webdataset"
-    if any(map(is_image_name, names)):
+    if any(map(is_image_name, files)):
         return None
+    if any(name.endswith(_TAR) for name in files):
+        return "webdataset"
     if parquet and has_images(_schema(File.find(place / parquet[0]))):
         return "parquet"
     return None
@@ -129,31 +130,18 @@ def _schema(file: File) -> object:
     return open_footer(file).schema.to_arrow_schema()
 
 
-def _holds_dicom(place: Folder, look_at: int = 3) -> bool:
-    """Whether the first files of a folder, or of its first sub-folders, are DICOM."""
-    seen = 0
-    queue = [place]
-    while queue and seen < look_at:
-        folder = queue.pop(0)
-        below = []
-        for name in folder.children():
-            if is_litter(name) or name.endswith((*SUFFIXES, ".parquet", ".txt", ".json")):
-                continue
-            if name.lower().endswith((".dcm", ".dicom")):
-                return True
-            child = folder / name
-            if child.is_folder():
-                below.append(child)
-                continue
-            seen += 1
-            if is_image_name(name) or seen > look_at:
-                return False
-            if child.size("") > 132 and File.find(child).read(128, 4) == DICOM_MAGIC:
-                return True
-        queue += below[:look_at]
-        if len(queue) > 20:
+def _holds_dicom(place: Folder, depth: int = 3) -> bool:
+    """Whether the first image of a folder, or of its first sub-folders, is DICOM."""
+    files, folders = entries(place)
+    for name in files:
+        if name.lower().endswith((".dcm", ".dicom")):
+            return True
+        if is_image_name(name):
             return False
-    return False
+        if "." not in name or name.replace(".", "").isdecimal():  # Often named by identifier.
+            file = File.find(place / name)
+            return file.size > 132 and file.read(128, 4) == DICOM_MAGIC
+    return depth > 0 and any(_holds_dicom(place / name, depth - 1) for name in folders[:3])
 
 
 def _detect_file(file: File) -> Kind:
@@ -210,18 +198,26 @@ def _tar_kind(file: File) -> Kind:
     return "webdataset" if is_webdataset(file) else "tar"
 
 
-def table_among(place: Folder) -> File | None:
-    """The one table in a folder whose sub-folders are no classes; None if there is none."""
-    names = [name for name in place.children() if not is_litter(name)]
-    tables = [name for name in names if name.lower().endswith((*SUFFIXES, ".parquet"))]
-    folders = [name for name in names if name not in tables and (place / name).is_folder()]
-    if len(tables) != 1 or (len(folders) > 1 and not all(map(split_named, folders))):
+def table_among(place: Folder) -> tuple[File, bool] | None:
+    """The one table in a folder, and whether nothing else there could say what the classes are."""
+    files, folders = entries(place)
+    tables = [name for name in files if name.lower().endswith((*SUFFIXES, ".parquet"))]
+    if len(tables) != 1:
         return None
-    if folders and all(map(split_named, folders)) and _has_folders(place / folders[0]):
-        return None
-    return File.find(place / tables[0])
+    if folders and all(map(split_named, folders)):
+        alone = not entries(place / folders[0])[1]
+    else:
+        alone = len(folders) <= 1
+    return File.find(place / tables[0]), alone
 
 
-def _has_folders(place: Folder) -> bool:
+def entries(place: Folder) -> tuple[list[str], list[str]]:
+    """Names of the files and of the folders right in a folder."""
     infos = place.filesystem.get_file_info(fs.FileSelector(place.path))
-    return any(info.type == fs.FileType.Directory for info in infos)
+    shown = sorted((info for info in infos if not is_litter(info.base_name)), key=_name)
+    files = [info.base_name for info in shown if info.type == fs.FileType.File]
+    return files, [info.base_name for info in shown if info.type == fs.FileType.Directory]
+
+
+def _name(info: fs.FileInfo) -> str:
+    return str(info.base_name)

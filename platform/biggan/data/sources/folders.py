@@ -258,4 +258,6 @@ def _empty(listing: Listing, depth: int) -> list[str]:
 def describe(kind: str, place: object, **options: Any) -> dict[str, Any]:
     """What `dataset.json` says of a source: the options that are set, beside kind and place."""
     given = {name: value for name, value in options.items() if value not in (None, "", ())}
-    return {"kind": kind, "uri": str(place), **given}
+    # As JSON gives it back.
+    listed_ = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    return {"kind": kind, "uri": str(place), **listed_}

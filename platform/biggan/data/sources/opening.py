@@ -128,8 +128,17 @@ def _table(kind: Kind, place: Folder, options: SourceOptions) -> TableSource | N
     if options.labels:
         labels = File.find(Folder(absolute(options.labels)))
         return TableSource(labels, options, place, kind)
-    among = table_among(place)
-    return TableSource(among, options, place, kind) if among else None
+    among = None if options.kind == "folders" else table_among(place)
+    if among is None:
+        return None
+    table, alone = among
+    if alone:
+        return TableSource(table, options, place, kind)
+    try:
+        source = TableSource(table, options, place, kind)
+    except SourceError:  # A table of something else.
+        return None
+    return source if source.telling else None
 
 
 def _open_folders(kind: Kind, place: Folder, options: SourceOptions) -> ClassFolders:
@@ -145,15 +154,16 @@ def _open_folders(kind: Kind, place: Folder, options: SourceOptions) -> ClassFol
 
 def _open_pattern(spec: str, options: SourceOptions) -> Source:
     files = [File.find(Folder(uri)) for uri in expand(spec)]
+    place = absolute(spec)
     kind = options.kind
     if kind == "auto":
         kind = detect(files[0].folder)[0]
         kind = "webdataset" if kind == "tar" else kind
     _check_used(kind, options)
     if kind == "webdataset":
-        return WebDataset(files, spec, options)
+        return WebDataset(files, place, options)
     if kind == "parquet":
-        return ParquetSource(files, spec, options)
+        return ParquetSource(files, place, options)
     raise SourceError(
         f"--source {spec}: a pattern may name WebDataset shards or Parquet files, not {kind}"
     )

@@ -146,6 +146,9 @@ class TableSource(FileSource):
             *self._unlisted(found.unlisted),
         ]
         self.unreadable = len(table.rejected) + labelled.unreadable + len(absent)
+        # Whether it was meant to label the folder that it was found in.
+        known = self.label_column.lower() in LABEL_NAMES
+        self.telling = known and len(found.rows) >= len(found.unlisted)
 
     @property
     def description(self) -> dict[str, Any]:
