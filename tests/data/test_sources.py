@@ -963,7 +963,7 @@ def test_a_table_with_bad_rows(tmp_path):
     assert {r.path: r.reason for r in source.rejected} == {
         "t.csv line 6": "3 columns; the header has 2 columns",
         "t.csv row 4": "no label",
-        "t.csv row 3": "there is no file 'x/9.png'",
+        "t.csv row 3": "no file 'x/9.png', or several",
         "x/3.png": "not in the table t.csv",
     }
     assert source.unreadable == 3
@@ -1014,6 +1014,25 @@ def test_folders_that_are_no_classes_say_nothing(tmp_path):
     class_folders(tmp_path, pictures(30), [f"patient{i % 3}" for i in range(30)])
     rows = [(f"patient{i % 3}/{i}.png", CLASSES[i // 10]) for i in range(30)]
     assert open_source(str(table(tmp_path / "t.csv", rows))).findings == []
+
+
+def test_how_a_table_beside_a_folder_names_its_files(tmp_path):
+    images = pictures(5)
+    folder = class_folders(tmp_path / "photos", images, ["x", "x", "y", "y", "y"])
+    shutil.copy(folder / "x" / "1.png", folder / "y" / "1.png")
+    rows = [
+        ("x/0.png", "a"),  # From the folder,
+        ("photos/x/1", "a"),  # from further above and without its suffix,
+        ("2.png", "b"),  # by name,
+        ("3", "b"),  # without its suffix.
+        ("1.png", "b"),  # There are two of these,
+        ("x/4.png", "b"),  # and this one lies in another folder.
+    ]
+    options = SourceOptions(labels=str(table(tmp_path / "t.csv", rows)))
+    source = open_source(str(folder), options)
+    check(source, images[:4], ["a", "a", "b", "b"])
+    assert [r.path for r in source.rejected[:2]] == ["t.csv row 5", "t.csv row 6"]
+    assert source.rejected[2].path == "2 files, such as y/1.png"
 
 
 def test_a_file_with_two_labels(tmp_path):

@@ -19,11 +19,11 @@ from biggan.data.sources.decoding import is_image_name
 from biggan.data.sources.dicom import MAGIC as DICOM_MAGIC
 from biggan.data.sources.files import DAMAGE, File, decompressed
 from biggan.data.sources.folders import is_litter
+from biggan.data.sources.label_table import SUFFIXES
 from biggan.data.sources.options import Kind
 from biggan.data.sources.parquet import open_footer
 from biggan.data.sources.source import SourceError, natural
 from biggan.data.sources.splits import split_named
-from biggan.data.sources.table import SUFFIXES
 from biggan.data.sources.webdataset import is_webdataset
 from biggan.storage import Folder, absolute
 
