@@ -679,6 +679,19 @@ def test_idx(tmp_path, pack, channels):
     assert open_source(str(tmp_path), SourceOptions(split="all")).held_out.sum() == 4
 
 
+def test_what_torchvision_leaves(tmp_path, tiny_images):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, labels = pictures(6, 1), np.arange(6, dtype=np.uint8) % 3
+    for path in [*idx_pair(raw, images, labels), *idx_pair(raw, images, labels, "t10k")]:
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    check(open_source(str(tmp_path)), images, [str(label) for label in labels])
+    labels = [i % 3 for i in range(15)]
+    folder = cifar10(tmp_path / "x" / "cifar-10-batches-py", tiny_images, labels)
+    tarred(folder.parent / "cifar-10-python.tar.gz", folder.parent, "w:gz")
+    check(open_source(str(folder.parent)), tiny_images[:12], names(12))
+
+
 def test_idx_of_emnist(tmp_path):
     images = pictures(6, 1)
     labels = np.arange(6, dtype=np.int32) % 3 + 1

@@ -8,8 +8,6 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
-from pyarrow import fs
-
 from biggan.data.dataset import DESCRIPTION
 from biggan.data.sources import hdf5, huggingface, idx
 from biggan.data.sources.archives import tar_members
@@ -18,7 +16,7 @@ from biggan.data.sources.columns import has_images
 from biggan.data.sources.decoding import is_image_name
 from biggan.data.sources.dicom import MAGIC as DICOM_MAGIC
 from biggan.data.sources.files import DAMAGE, File, decompressed
-from biggan.data.sources.folders import is_litter
+from biggan.data.sources.folders import entries
 from biggan.data.sources.label_table import SUFFIXES
 from biggan.data.sources.options import Kind
 from biggan.data.sources.parquet import open_footer
@@ -28,8 +26,6 @@ from biggan.data.sources.webdataset import is_webdataset
 from biggan.storage import Folder, absolute
 
 _TAR = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_INNER = ("cifar-10-batches-py", "cifar-100-python", "MNIST/raw", "raw", "data")
-"""Folders in which others' downloads put what is looked for."""
 _BY_SUFFIX: dict[str, Kind] = {
     ".zip": "zip",
     ".npz": "npz",
@@ -90,20 +86,29 @@ def detect(place: Folder) -> tuple[Kind, Folder]:
 
 def _detect_folder(place: Folder) -> tuple[Kind, Folder]:
     files, folders = entries(place)
+    for inner in _downloads(folders):  # They have the archives they came in beside them.
+        if (place / inner).is_folder():
+            kind = _kind_of(place / inner, *entries(place / inner))
+            if kind in ("cifar", "idx"):
+                return kind, place / inner
     kind = _kind_of(place, files, folders)
     if kind:
         return kind, place
-    for inner in _INNER:
-        folder = place / inner
-        if inner.partition("/")[0] in folders and folder.is_folder():
-            kind = _kind_of(folder, *entries(folder))
-            if kind:
-                return kind, folder
+    if "data" in folders:  # As in the repositories of Hugging Face.
+        kind = _kind_of(place / "data", *entries(place / "data"))
+        if kind == "parquet":
+            return kind, place / "data"
     for name in filter(split_named, folders):
         kind = _kind_of(place / name, *entries(place / name))
         if kind in ("parquet", "webdataset"):
             return kind, place
     return ("dicom" if _holds_dicom(place) else "folders"), place
+
+
+def _downloads(folders: Sequence[str]) -> list[str]:
+    """Folders in which torchvision puts the sets that it downloads."""
+    cifar = [name for name in folders if name in ("cifar-10-batches-py", "cifar-100-python")]
+    return cifar + [f"{name}/raw" for name in folders if name.endswith("MNIST")]
 
 
 def _kind_of(place: Folder, files: Sequence[str], folders: Sequence[str]) -> Kind | None:
@@ -209,15 +214,3 @@ def table_among(place: Folder) -> tuple[File, bool] | None:
     else:
         alone = len(folders) <= 1
     return File.find(place / tables[0]), alone
-
-
-def entries(place: Folder) -> tuple[list[str], list[str]]:
-    """Names of the files and of the folders right in a folder."""
-    infos = place.filesystem.get_file_info(fs.FileSelector(place.path))
-    shown = sorted((info for info in infos if not is_litter(info.base_name)), key=_name)
-    files = [info.base_name for info in shown if info.type == fs.FileType.File]
-    return files, [info.base_name for info in shown if info.type == fs.FileType.Directory]
-
-
-def _name(info: fs.FileInfo) -> str:
-    return str(info.base_name)

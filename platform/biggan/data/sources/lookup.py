@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pyarrow import fs
 
 from biggan.data.sources.decoding import is_image_name
-from biggan.data.sources.folders import list_folder, placed
+from biggan.data.sources.folders import entries, list_folder, placed
 from biggan.storage import Folder
 
 
@@ -107,13 +107,12 @@ def _placed_at(root: Folder, word: str) -> str:
 
 
 def _listed(root: Folder, tops: set[str], direct: bool) -> Iterator[str]:
-    children = set(root.children())
-    for top in sorted(tops & children):
+    files, folders = entries(root)
+    for top in sorted(tops & set(folders)):
         for path in list_folder(root / top).files:
             yield f"{top}/{path}"
     if direct:
-        infos = root.filesystem.get_file_info(fs.FileSelector(root.path))
-        yield from (info.base_name for info in infos if info.type == fs.FileType.File)
+        yield from files
 
 
 def _existing(words: Sequence[str], root: Folder) -> set[str]:
