@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from biggan.data.images import MAX_PIXELS, ImageError, standardize
+from biggan.data.images import MAX_PIXELS, ImageError, standardize, to_image
 from biggan.data.parts import decode, encode
 
 
@@ -147,6 +147,52 @@ def test_truncated_files():
     Image.fromarray(noise).save(file, "JPEG")
     with pytest.raises(OSError, match="truncated"):
         standardize(Image.open(io.BytesIO(file.getvalue()[:-500])), 8, 3)
+
+
+@pytest.mark.parametrize(
+    "array,grey",
+    [
+        (np.array([[0, 77], [200, 255]], np.uint8), [[0, 77], [200, 255]]),
+        (np.array([[False, True], [True, False]]), [[0, 255], [255, 0]]),
+        (np.array([[0, 257], [514, 65535]], np.uint16), [[0, 1], [2, 255]]),
+        (np.array([[0, 257], [514, 65535]], ">u2"), [[0, 1], [2, 255]]),
+        (np.array([[0, 7], [9, 127]], np.int8), [[0, 7], [9, 127]]),
+        (np.array([[0, 7], [9, 255]], np.int64), [[0, 7], [9, 255]]),
+        (np.array([[0, 0.2], [0.4, 0.6]], np.float32), [[0, 51], [102, 153]]),
+        (np.array([[0, 7], [9, 254]], np.float64), [[0, 7], [9, 254]]),
+        (np.array([[-1, 0], [0.5, 1]], np.float16), [[0, 128], [191, 255]]),
+        (np.array([[-5, 0], [5, 5]], np.int16), [[0, 128], [255, 255]]),
+    ],
+    ids=lambda value: getattr(value, "dtype", None) and str(value.dtype),
+)
+def test_arrays(array, grey):
+    for same in (array, array[:, :, None], np.asfortranarray(array)):
+        assert np.asarray(to_image(same)).tolist() == grey
+        assert standardize(same, 2, 1)[:, :, 0].tolist() == grey
+    colour = np.stack([array] * 3, axis=-1)
+    assert np.asarray(to_image(colour))[:, :, 1].tolist() == grey
+
+
+def test_arrays_with_opacity():
+    array = np.zeros((8, 8, 4), np.uint8)
+    array[:4, :, 3] = 255
+    assert standardize(array, 8, 1)[:, 0, 0].tolist() == [0] * 4 + [255] * 4
+
+
+@pytest.mark.parametrize(
+    "array,said",
+    [
+        (np.zeros((8, 8, 2), np.uint8), r"channel mismatch: an array of shape \(8, 8, 2\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"channel mismatch: an array of shape \(3, 8, 8\)"),
+        (np.zeros(8, np.uint8), r"an array of shape \(8,\) is no image"),
+        (np.zeros((0, 8), np.uint8), r"holds no pixel"),
+        (np.zeros((8, 8), np.complex64), "an array of complex64"),
+        (np.full((8, 8), np.nan), "not a number"),
+    ],
+)
+def test_arrays_that_are_no_images(array, said):
+    with pytest.raises(ImageError, match=said):
+        standardize(array, 8, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])

@@ -13,11 +13,14 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom
+import pydicom.data
 import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
@@ -26,6 +29,8 @@ from biggan.data.dataset import DatasetInfo, encode
 from biggan.data.images import standardize
 from biggan.data.sources import SourceError, SourceOptions, open_source
 from biggan.data.sources import parquet as parquet_module
+from biggan.data.sources.decoding import decode_image
+from biggan.storage import Folder
 
 SIDE = 6
 CLASSES = ["bird", "cat", "dog"]
@@ -579,7 +584,7 @@ def cifar10(folder, images, labels, keys=str):
     folder.mkdir(parents=True)
     for k in range(2):
         some = slice(k * 6, k * 6 + 6)
-        batch = cifar_batch(images[some], labels[some], keys("labels"), protocol=2)
+        batch = cifar_batch(images[some], labels[some], keys("labels"), protocol=5)
         (folder / f"data_batch_{k + 1}").write_bytes(batch)
     test = cifar_batch(images[12:], labels[12:], keys("labels"))
     (folder / "test_batch").write_bytes(test)
@@ -672,6 +677,19 @@ def test_idx(tmp_path, pack, channels):
         check(open_source(str(path)), images[:10], words[:10])
     check(open_source(str(tmp_path), SourceOptions(split="test")), images[10:], words[10:])
     assert open_source(str(tmp_path), SourceOptions(split="all")).held_out.sum() == 4
+
+
+def test_what_torchvision_leaves(tmp_path, tiny_images):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, labels = pictures(6, 1), np.arange(6, dtype=np.uint8) % 3
+    for path in [*idx_pair(raw, images, labels), *idx_pair(raw, images, labels, "t10k")]:
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    check(open_source(str(tmp_path)), images, [str(label) for label in labels])
+    labels = [i % 3 for i in range(15)]
+    folder = cifar10(tmp_path / "x" / "cifar-10-batches-py", tiny_images, labels)
+    tarred(folder.parent / "cifar-10-python.tar.gz", folder.parent, "w:gz")
+    check(open_source(str(folder.parent)), tiny_images[:12], names(12))
 
 
 def test_idx_of_emnist(tmp_path):
@@ -958,7 +976,7 @@ def test_a_table_with_bad_rows(tmp_path):
     assert {r.path: r.reason for r in source.rejected} == {
         "t.csv line 6": "3 columns; the header has 2 columns",
         "t.csv row 4": "no label",
-        "t.csv row 3": "there is no file 'x/9.png'",
+        "t.csv row 3": "no file 'x/9.png', or several",
         "x/3.png": "not in the table t.csv",
     }
     assert source.unreadable == 3
@@ -988,10 +1006,46 @@ def test_labels_that_do_not_match_folders(tmp_path):
     assert finding.check == "labels"
 
 
+def test_a_table_found_among_folders(tmp_path):
+    labels = names(30)
+    class_folders(tmp_path, pictures(30), labels)
+    rows = [(f"{label}/{i}.png", label) for i, label in enumerate(labels)]
+    rows[7] = (rows[7][0], "dog")
+    path = table(tmp_path / "labels.csv", rows)
+    source = open_source(str(tmp_path))
+    assert "1 of 30 labels do not match" in source.findings[0].text
+    assert source.description["labels"] == str(path)
+    assert open_source(str(tmp_path), SourceOptions(kind="folders")).findings == []
+    for header in ("path,width", "size,weight"):  # It says nothing of classes.
+        table(path, [(f"{label}/{i}.png", i) for i, label in enumerate(labels)], header)
+        source = open_source(str(tmp_path))
+        assert source.classes == CLASSES
+        assert [r.path for r in source.rejected] == ["labels.csv"]
+
+
 def test_folders_that_are_no_classes_say_nothing(tmp_path):
     class_folders(tmp_path, pictures(30), [f"patient{i % 3}" for i in range(30)])
     rows = [(f"patient{i % 3}/{i}.png", CLASSES[i // 10]) for i in range(30)]
     assert open_source(str(table(tmp_path / "t.csv", rows))).findings == []
+
+
+def test_how_a_table_beside_a_folder_names_its_files(tmp_path):
+    images = pictures(5)
+    folder = class_folders(tmp_path / "photos", images, ["x", "x", "y", "y", "y"])
+    shutil.copy(folder / "x" / "1.png", folder / "y" / "1.png")
+    rows = [
+        ("x/0.png", "a"),  # From the folder,
+        ("photos/x/1", "a"),  # from further above and without its suffix,
+        ("2.png", "b"),  # by name,
+        ("3", "b"),  # without its suffix.
+        ("1.png", "b"),  # There are two of these,
+        ("x/4.png", "b"),  # and this one lies in another folder.
+    ]
+    options = SourceOptions(labels=str(table(tmp_path / "t.csv", rows)))
+    source = open_source(str(folder), options)
+    check(source, images[:4], ["a", "a", "b", "b"])
+    assert [r.path for r in source.rejected[:2]] == ["t.csv row 5", "t.csv row 6"]
+    assert source.rejected[2].path == "2 files, such as y/1.png"
 
 
 def test_a_file_with_two_labels(tmp_path):
@@ -1085,12 +1139,53 @@ def test_files_that_are_no_source(tmp_path):
     fails(tmp_path / "none", "does not exist")
 
 
-def test_any_uri(tmp_path):
-    images, labels = pictures(9), names(9)
-    folder = class_folders(tmp_path / "folder", images, labels)
-    check(open_source(f"file://{folder}"), images, labels)
-    zipped(tmp_path / "a.zip", folder)
-    check(open_source(f"file://{tmp_path}/a.zip"), images, labels)
+def everything(root, images, labels):
+    """The same images and labels (0, 1, 2) in each form that can hold them."""
+    numbers = [int(label) for label in labels]
+    folder = class_folders(root / "folder", images, labels)
+    yield folder
+    yield zipped(root / "a.zip", folder)
+    yield tarred(root / "a.tar", folder)
+    yield tarred(root / "a.tar.gz", folder, "w:gz")
+    shards(root / "shards", images, labels)
+    yield root / "shards"
+    rows = pa.array(image_rows(images), STRUCT)
+    pq.write_table(pa.table({"image": rows, "label": numbers}), root / "a.parquet")
+    yield root / "a.parquet"
+    yield saved(root / "saved", images, numbers, class_names=["0", "1", "2"])
+    (root / "idx").mkdir()
+    idx_pair(root / "idx", images, np.array(numbers, np.uint8))
+    yield root / "idx"
+    np.savez_compressed(root / "a.npz", train_images=images, train_labels=numbers)
+    yield root / "a.npz"
+    with h5py.File(root / "a.h5", "w") as file:
+        file["imgs"], file["labels"] = images.transpose(0, 3, 1, 2), numbers
+    yield root / "a.h5"
+    rows = [(f"folder/{label}/{i}.png", label) for i, label in enumerate(labels)]
+    yield table(root / "a.csv", rows)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_one_set_in_every_form_at_any_uri(tmp_path, monkeypatch, remote):
+    images, labels = pictures(9), ["0", "1", "2"] * 3
+    paths = list(everything(tmp_path, images, labels))
+    assert len(paths) == 11
+    if remote:  # A local filesystem, treated as any other.
+        monkeypatch.setattr(Folder, "is_local", property(lambda folder: False))
+    for path in paths:
+        source = open_source(f"file://{path}")
+        assert source.classes == ["0", "1", "2"], path
+        check(source, images, labels)
+        assert len(pickle.dumps(source)) < 6000 + 150 * len(images)
+
+
+def test_real_dicom():
+    content = Path(pydicom.data.get_testdata_file("CT_small.dcm")).read_bytes()
+    header = pydicom.dcmread(io.BytesIO(content))
+    values = header.pixel_array * float(header.RescaleSlope) + float(header.RescaleIntercept)
+    level, width = 40, 400
+    expected = ((values - (level - 0.5)) / (width - 1) + 0.5).clip(0, 1) * 255
+    assert np.abs(decode_image(content, (level, width)) - expected).max() <= 0.5
 
 
 def test_the_digits_by_class():

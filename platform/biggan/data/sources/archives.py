@@ -27,9 +27,14 @@ from biggan.data.sources.labels import gaps_of_names, listed
 from biggan.data.sources.options import SourceOptions
 from biggan.data.sources.source import Sample, Source, SourceError
 
-_STORED, _DEFLATED, _BZIP2, _LZMA, _ENCRYPTED = 0, 8, 12, 14, 255
+_ENCRYPTED = 65535
+"""Stands for the method of members that need a password."""
+_LARGEST = 1 << 30
+"""Bytes of a member from which on it is taken for a decompression bomb."""
 _HEADER = 30
 """Bytes of a ZIP member's own header, ahead of its name."""
+_LAST = 22
+"""Bytes of a ZIP archive's last record, ahead of its comment."""
 _BLOCK = 512
 """Bytes that everything in a tar archive is a multiple of."""
 
@@ -43,7 +48,7 @@ class Member:
     """Where its content begins; in ZIP, its header."""
     size: int
     """Bytes there, perhaps compressed."""
-    method: int = _STORED
+    method: int = zipfile.ZIP_STORED
     crc: int | None = None
 
 
@@ -60,7 +65,7 @@ class MemberSource(Source):
         self.names = pa.array([member.name for member in members], pa.string())
         self.offsets = np.array([member.offset for member in members], dtype=np.int64)
         self.sizes = np.array([member.size for member in members], dtype=np.int64)
-        self.methods = np.array([member.method for member in members], dtype=np.uint8)
+        self.methods = np.array([member.method for member in members], dtype=np.uint16)
         self.crcs = np.array([member.crc or 0 for member in members], dtype=np.uint32)
         self.archive = archive.astype(np.int32)
 
@@ -98,13 +103,13 @@ def _unzipped(archive: File, offset: int, size: int, method: int, crc: int) -> b
     name, extra = struct.unpack("<HH", header[26:30])
     packed = archive.read(offset + _HEADER + name + extra, size)
     match method:
-        case 0:
+        case zipfile.ZIP_STORED:
             content = packed
-        case 8:
-            content = zlib.decompress(packed, -zlib.MAX_WBITS)
-        case 12:
-            content = bz2.decompress(packed)
-        case 14:
+        case zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, _LARGEST)
+        case zipfile.ZIP_BZIP2:
+            content = bz2.BZ2Decompressor().decompress(packed, _LARGEST)
+        case zipfile.ZIP_LZMA:
             content = _lzma(packed)
         case _:
             raise ImageError(f"compressed by method {method}: pack the archive anew as a plain ZIP")
@@ -118,7 +123,7 @@ def _lzma(packed: bytes) -> bytes:
     # Private, but the only reader of properties that Python has; `zipfile` uses it too.
     properties = lzma._decode_filter_properties(lzma.FILTER_LZMA1, packed[4 : 4 + length])  # type: ignore[attr-defined]
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[properties])
-    return decoder.decompress(packed[4 + length :])
+    return decoder.decompress(packed[4 + length :], _LARGEST)
 
 
 def zip_members(archive: File) -> list[Member]:
@@ -128,6 +133,7 @@ def zip_members(archive: File) -> list[Member]:
         archive.stream() as stream,
         zipfile.ZipFile(stream) as opened,
     ):
+        _check_count(stream, archive, opened)
         return [
             Member(
                 name=_clean(info.filename),
@@ -139,6 +145,15 @@ def zip_members(archive: File) -> list[Member]:
             for info in opened.infolist()
             if not info.is_dir()
         ]
+
+
+def _check_count(stream: IO[bytes], archive: File, opened: zipfile.ZipFile) -> None:
+    """The directory must list as many members as the archive's last record says (modulo 65,536)."""
+    stream.seek(archive.size - _LAST - len(opened.comment))
+    (said,) = struct.unpack("<H", stream.read(_LAST)[10:12])
+    found = len(opened.infolist())
+    if said not in (found % 65536, 65535):
+        raise zipfile.BadZipFile(f"its directory lists {found:,} files instead of {said:,}")
 
 
 def tar_members(archive: File) -> Iterator[Member]:

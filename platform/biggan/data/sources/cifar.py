@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
@@ -27,15 +27,9 @@ _ALLOWED = {
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("_codecs", "encode"),
-    *(
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    ),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
     *(
         (module, name)
         for module in ("builtins", "__builtin__")
@@ -47,6 +41,7 @@ _ALLOWED = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core.", "numpy._core.")  # Its name before NumPy 2.
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it calls {module}.{name}, which no CIFAR file does")
         return super().find_class(module, name)
@@ -65,7 +60,7 @@ class _Place:
         return unpacked(self.file).read(self.offset, self.size)
 
 
-def is_cifar(names: list[str]) -> bool:
+def is_cifar(names: Sequence[str]) -> bool:
     """Whether files of these names are a CIFAR set."""
     return any(map(_BATCH.fullmatch, names)) or {"train", "meta"} <= set(names)
 

@@ -38,7 +38,11 @@ def features(schema: Any) -> dict[str, dict[str, Any]]:
         found = json.loads(note)["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
-    return {name: what for name, what in found.items() if isinstance(what, dict)}
+    return {
+        name: what
+        for name, what in found.items()
+        if isinstance(what, dict) and name in schema.names
+    }
 
 
 def class_names(feature: dict[str, Any]) -> list[str]:

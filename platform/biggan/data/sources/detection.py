@@ -5,12 +5,10 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-import struct
 from collections.abc import Sequence
 from itertools import islice
 
-from pyarrow import fs
-
+from biggan.data.dataset import DESCRIPTION
 from biggan.data.sources import hdf5, huggingface, idx
 from biggan.data.sources.archives import tar_members
 from biggan.data.sources.cifar import is_cifar
@@ -18,18 +16,16 @@ from biggan.data.sources.columns import has_images
 from biggan.data.sources.decoding import is_image_name
 from biggan.data.sources.dicom import MAGIC as DICOM_MAGIC
 from biggan.data.sources.files import DAMAGE, File, decompressed
-from biggan.data.sources.folders import is_litter
+from biggan.data.sources.folders import entries
+from biggan.data.sources.label_table import SUFFIXES
 from biggan.data.sources.options import Kind
 from biggan.data.sources.parquet import open_footer
 from biggan.data.sources.source import SourceError, natural
 from biggan.data.sources.splits import split_named
-from biggan.data.sources.table import SUFFIXES
 from biggan.data.sources.webdataset import is_webdataset
 from biggan.storage import Folder, absolute
 
 _TAR = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_INNER = ("cifar-10-batches-py", "cifar-100-python", "MNIST/raw", "raw", "data")
-"""Folders in which others' downloads put what is looked for."""
 _BY_SUFFIX: dict[str, Kind] = {
     ".zip": "zip",
     ".npz": "npz",
@@ -89,38 +85,47 @@ def detect(place: Folder) -> tuple[Kind, Folder]:
 
 
 def _detect_folder(place: Folder) -> tuple[Kind, Folder]:
-    names = [name for name in place.children() if not is_litter(name)]
-    kind = _kind_of(place, names)
+    files, folders = entries(place)
+    for inner in _downloads(folders):  # They have the archives they came in beside them.
+        if (place / inner).is_folder():
+            kind = _kind_of(place / inner, *entries(place / inner))
+            if kind in ("cifar", "idx"):
+                return kind, place / inner
+    kind = _kind_of(place, files, folders)
     if kind:
         return kind, place
-    for inner in _INNER:
-        folder = place / inner
-        if inner.partition("/")[0] in names and folder.is_folder():
-            kind = _kind_of(folder, folder.children())
-            if kind:
-                return kind, folder
-    for name in filter(split_named, names):
-        kind = _kind_of(place / name, (place / name).children())
+    if "data" in folders:  # As in the repositories of Hugging Face.
+        kind = _kind_of(place / "data", *entries(place / "data"))
+        if kind == "parquet":
+            return kind, place / "data"
+    for name in filter(split_named, folders):
+        kind = _kind_of(place / name, *entries(place / name))
         if kind in ("parquet", "webdataset"):
             return kind, place
     return ("dicom" if _holds_dicom(place) else "folders"), place
 
 
-def _kind_of(place: Folder, names: Sequence[str]) -> Kind | None:
-    """What a folder is by the files right in it; None if these say nothing."""
-    parquet = [name for name in names if name.endswith(".parquet")]
-    if "dataset.json" in names and any(name.startswith("part-") for name in parquet):
+def _downloads(folders: Sequence[str]) -> list[str]:
+    """Folders in which torchvision puts the sets that it downloads."""
+    cifar = [name for name in folders if name in ("cifar-10-batches-py", "cifar-100-python")]
+    return cifar + [f"{name}/raw" for name in folders if name.endswith("MNIST")]
+
+
+def _kind_of(place: Folder, files: Sequence[str], folders: Sequence[str]) -> Kind | None:
+    """What a folder is by the names in it; None if these say nothing."""
+    parquet = [name for name in files if name.endswith(".parquet")]
+    if DESCRIPTION in files and any(name.startswith("part-") for name in parquet):
         return "prepared"
-    if huggingface.is_huggingface(names):
+    if huggingface.is_huggingface([*files, *folders]):
         return "huggingface"
-    if is_cifar([name for name in names if not (place / name).is_folder()]):
+    if is_cifar(files):
         return "cifar"
-    if idx.images_files(names):
+    if idx.images_files(files):
         return "idx"
-    if any(name.endswith(_TAR) for name in names):
-        return "webdataset"
-    if any(map(is_image_name, names)):
+    if any(map(is_image_name, files)):
         return None
+    if any(name.endswith(_TAR) for name in files):
+        return "webdataset"
     if parquet and has_images(_schema(File.find(place / parquet[0]))):
         return "parquet"
     return None
@@ -130,31 +135,18 @@ def _schema(file: File) -> object:
     return open_footer(file).schema.to_arrow_schema()
 
 
-def _holds_dicom(place: Folder, look_at: int = 3) -> bool:
-    """Whether the first files of a folder, or of its first sub-folders, are DICOM."""
-    seen = 0
-    queue = [place]
-    while queue and seen < look_at:
-        folder = queue.pop(0)
-        below = []
-        for name in folder.children():
-            if is_litter(name) or name.endswith((*SUFFIXES, ".parquet", ".txt", ".json")):
-                continue
-            if name.lower().endswith((".dcm", ".dicom")):
-                return True
-            child = folder / name
-            if child.is_folder():
-                below.append(child)
-                continue
-            seen += 1
-            if is_image_name(name) or seen > look_at:
-                return False
-            if child.size("") > 132 and File.find(child).read(128, 4) == DICOM_MAGIC:
-                return True
-        queue += below[:look_at]
-        if len(queue) > 20:
+def _holds_dicom(place: Folder, depth: int = 3) -> bool:
+    """Whether the first image of a folder, or of its first sub-folders, is DICOM."""
+    files, folders = entries(place)
+    for name in files:
+        if name.lower().endswith((".dcm", ".dicom")):
+            return True
+        if is_image_name(name):
             return False
-    return False
+        if "." not in name or name.replace(".", "").isdecimal():  # Often named by identifier.
+            file = File.find(place / name)
+            return file.size > 132 and file.read(128, 4) == DICOM_MAGIC
+    return depth > 0 and any(_holds_dicom(place / name, depth - 1) for name in folders[:3])
 
 
 def _detect_file(file: File) -> Kind:
@@ -182,7 +174,7 @@ def _by_content(file: File, head: bytes) -> Kind | None:
     if head[:4] == b"PK\5\6":  # An archive of nothing.
         return "zip"
     if head[:4] == b"PK\3\4":
-        (length,) = struct.unpack("<H", head[26:28])
+        length = int.from_bytes(head[26:28], "little")
         return "npz" if head[30 : 30 + length].endswith(b".npy") else "zip"
     if head[:4] == b"PAR1":
         return "parquet" if has_images(_schema(file)) else "table"
@@ -211,18 +203,14 @@ def _tar_kind(file: File) -> Kind:
     return "webdataset" if is_webdataset(file) else "tar"
 
 
-def table_among(place: Folder) -> File | None:
-    """The one table in a folder whose sub-folders are no classes; None if there is none."""
-    names = [name for name in place.children() if not is_litter(name)]
-    tables = [name for name in names if name.lower().endswith((*SUFFIXES, ".parquet"))]
-    folders = [name for name in names if name not in tables and (place / name).is_folder()]
-    if len(tables) != 1 or (len(folders) > 1 and not all(map(split_named, folders))):
+def table_among(place: Folder) -> tuple[File, bool] | None:
+    """The one table in a folder, and whether nothing else there could say what the classes are."""
+    files, folders = entries(place)
+    tables = [name for name in files if name.lower().endswith((*SUFFIXES, ".parquet"))]
+    if len(tables) != 1:
         return None
-    if folders and all(map(split_named, folders)) and _has_folders(place / folders[0]):
-        return None
-    return File.find(place / tables[0])
-
-
-def _has_folders(place: Folder) -> bool:
-    infos = place.filesystem.get_file_info(fs.FileSelector(place.path))
-    return any(info.type == fs.FileType.Directory for info in infos)
+    if folders and all(map(split_named, folders)):
+        alone = not entries(place / folders[0])[1]
+    else:
+        alone = len(folders) <= 1
+    return File.find(place / tables[0]), alone

@@ -64,7 +64,7 @@ def _visible(values: np.ndarray, stored: np.ndarray, header: Any, window: Window
         from pydicom.pixels.processing import apply_voi_lut
 
         values = apply_voi_lut(stored, header)
-    elif header.BitsStored <= 8 and values.min() >= 0 and values.max() <= 255:
+    elif header.BitsStored == 8 and values.min() >= 0 and values.max() <= 255:
         return values.round().astype(np.uint8)
     within = values[stored != header.get("PixelPaddingValue")]
     low, high = (float(within.min()), float(within.max())) if within.size else (0.0, 0.0)

@@ -102,6 +102,19 @@ def _list_remote(root: Folder) -> Listing:
     return listing
 
 
+def entries(place: Folder) -> tuple[list[str], list[str]]:
+    """Names of the files and of the folders right in a folder, without litter; sorted."""
+    if place.is_local:
+        found = [(entry.name, entry.is_file(), entry.is_dir()) for entry in os.scandir(place.path)]
+    else:
+        infos = place.filesystem.get_file_info(fs.FileSelector(place.path))
+        found = [
+            (info.base_name, info.is_file, info.type == fs.FileType.Directory) for info in infos
+        ]
+    shown = sorted(entry for entry in found if not is_litter(entry[0]) and _is_text(entry[0]))
+    return [name for name, file, _ in shown if file], [name for name, _, folder in shown if folder]
+
+
 @dataclass(frozen=True)
 class ByClass:
     """Paths sorted by the class folders that they lie in."""
@@ -258,4 +271,6 @@ def _empty(listing: Listing, depth: int) -> list[str]:
 def describe(kind: str, place: object, **options: Any) -> dict[str, Any]:
     """What `dataset.json` says of a source: the options that are set, beside kind and place."""
     given = {name: value for name, value in options.items() if value not in (None, "", ())}
-    return {"kind": kind, "uri": str(place), **given}
+    # As JSON gives it back.
+    listed_ = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    return {"kind": kind, "uri": str(place), **listed_}

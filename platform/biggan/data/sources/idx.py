@@ -26,8 +26,10 @@ def is_idx(head: bytes) -> bool:
 
 
 def images_files(names: Sequence[str]) -> list[str]:
-    """Those of a folder's files that are IDX images by their names."""
-    return [name for name in names if _IMAGES.fullmatch(name)]
+    """Those of a folder's files that are IDX images by their names; unpacked, if both are there."""
+    found = {match.string: match for match in map(_IMAGES.fullmatch, names) if match}
+    packed = {name: name.removesuffix(match[3] or "") for name, match in found.items()}
+    return [name for name in found if packed[name] == name or packed[name] not in found]
 
 
 class IdxSource(ArraySource):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ import pyarrow.compute as pc
 from biggan.data.dataset import Rejected
 from biggan.data.sources.source import Finding, SourceError, natural
 
+_MOSTLY = 0.5
+"""Part of all folders with the names of classes from which on folders stand for classes."""
+_TELLING = 0.9
+"""Part of a folder's images with one label from which on the folder stands for that label."""
 _LISTED = 1000
 """Rejected rows that are listed one by one; the others are counted."""
 
@@ -47,7 +52,14 @@ def classify(
     CSV files, words that are numbers one and all are numbers. Raises `SourceError` if labels are of
     a kind that cannot say one class each, or there is none.
     """
-    raw = _flat(raw, column)
+    try:
+        raw = _flat(raw, column)
+        raw.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise SourceError(
+            f"labels {column!r} cannot be read ({' '.join(str(error).split())}): copy the file"
+            " again, or name another --label-column"
+        ) from None
     if text:
         raw = _numbers(raw)
     reasons: dict[int, str] = {int(row): "no label" for row in np.flatnonzero(raw.is_null())}
@@ -214,3 +226,51 @@ def gaps_of_names(classes: Sequence[str], column: str = "folders") -> list[Findi
         return []
     numbers = np.unique([int(name[:18]) for name in classes])
     return gaps(numbers, column=column) if numbers[0] <= 1 else []
+
+
+def check_folders(
+    paths: Sequence[str], labels: np.ndarray, classes: Sequence[str], rows: Sequence[int]
+) -> list[Finding]:
+    """Whether images lie in folders of classes that are not theirs.
+
+    Folders stand for classes if most have a class's name; or if there are as many as classes, and
+    nearly all images of each have the same label, another one for each folder.
+    """
+    folders = [path.split("/")[-2] if "/" in path else "" for path in paths]
+    meant = _meaning(folders, labels, classes)
+    wrong = [
+        i
+        for i, (folder, label) in enumerate(zip(folders, labels.tolist(), strict=True))
+        if meant.get(folder, label) != label
+    ]
+    if not wrong:
+        return []
+    i = wrong[0]
+    folder, label = folders[i], classes[labels[i]]
+    usual = "" if folder == classes[meant[folder]] else f" (others: {classes[meant[folder]]!r})"
+    return [
+        Finding(
+            "labels",
+            f"{len(wrong):,} of {len(paths):,} labels do not match the folder of their image, e.g."
+            f" row {rows[i] + 1}: label {label!r}, folder {folder!r}{usual}; correct the table, or"
+            " --allow labels to trust it",
+        )
+    ]
+
+
+def _meaning(folders: Sequence[str], labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    """The class that each folder stands for; empty if folders are no classes."""
+    ids = {name.casefold(): i for i, name in enumerate(classes)}
+    named = sum(folder.casefold() in ids for folder in folders)
+    distinct = set(folders)
+    if named > _MOSTLY * len(folders):
+        return {f: ids[f.casefold()] for f in distinct if f.casefold() in ids}
+    if len(distinct) != len(classes) or len(classes) < 2:
+        return {}
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for folder, label in zip(folders, labels.tolist(), strict=True):
+        counts[folder][label] += 1
+    meant = {folder: count.most_common(1)[0][0] for folder, count in counts.items()}
+    agreeing = sum(counts[folder][label] for folder, label in meant.items())
+    bijective = len(set(meant.values())) == len(classes)
+    return meant if bijective and agreeing >= _TELLING * len(folders) else {}

@@ -10,7 +10,7 @@ from biggan.data.sources.cifar import CifarSource
 from biggan.data.sources.detection import detect, expand, is_pattern, table_among
 from biggan.data.sources.dicom import require_pydicom
 from biggan.data.sources.digits import DigitsSource
-from biggan.data.sources.files import File
+from biggan.data.sources.files import File, damage_told
 from biggan.data.sources.folders import ClassFolders, list_folder
 from biggan.data.sources.hdf5 import Hdf5Source
 from biggan.data.sources.huggingface import HuggingFaceSource
@@ -52,12 +52,12 @@ def open_source(spec: str, options: SourceOptions = DEFAULTS) -> Source:
     there is nothing usable.
     """
     _check(options)
-    try:
-        source = _open(spec, options)
-    except StorageError as error:
-        raise SourceError(str(error)) from None
-    except OSError as error:  # No permission, no network, ...
-        raise SourceError(f"--source {spec} cannot be read: {error}") from None
+    # What no reader of one kind expects: no permission, no network, damage of an odd sort.
+    with damage_told(f"--source {spec} cannot be read", "look at it with another program"):
+        try:
+            source = _open(spec, options)
+        except StorageError as error:
+            raise SourceError(str(error)) from None
     return Selection(source, options.classes) if options.classes else source
 
 
@@ -128,8 +128,17 @@ def _table(kind: Kind, place: Folder, options: SourceOptions) -> TableSource | N
     if options.labels:
         labels = File.find(Folder(absolute(options.labels)))
         return TableSource(labels, options, place, kind)
-    among = table_among(place)
-    return TableSource(among, options, place, kind) if among else None
+    among = None if options.kind == "folders" else table_among(place)
+    if among is None:
+        return None
+    table, alone = among
+    if alone:
+        return TableSource(table, options, place, kind)
+    try:
+        source = TableSource(table, options, place, kind)
+    except SourceError:  # A table of something else.
+        return None
+    return source if source.telling else None
 
 
 def _open_folders(kind: Kind, place: Folder, options: SourceOptions) -> ClassFolders:
@@ -145,15 +154,16 @@ def _open_folders(kind: Kind, place: Folder, options: SourceOptions) -> ClassFol
 
 def _open_pattern(spec: str, options: SourceOptions) -> Source:
     files = [File.find(Folder(uri)) for uri in expand(spec)]
+    place = absolute(spec)
     kind = options.kind
     if kind == "auto":
         kind = detect(files[0].folder)[0]
         kind = "webdataset" if kind == "tar" else kind
     _check_used(kind, options)
     if kind == "webdataset":
-        return WebDataset(files, spec, options)
+        return WebDataset(files, place, options)
     if kind == "parquet":
-        return ParquetSource(files, spec, options)
+        return ParquetSource(files, place, options)
     raise SourceError(
         f"--source {spec}: a pattern may name WebDataset shards or Parquet files, not {kind}"
     )

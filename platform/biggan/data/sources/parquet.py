@@ -27,7 +27,7 @@ from biggan.data.sources.source import SourceError
 from biggan.data.sources.splits import choose
 from biggan.storage import Folder
 
-LARGE_GROUP = 256 * 2**20
+LARGE_GROUP = 64 * 2**20
 """Bytes from which on a row group (pandas writes a single one) is unpacked into the cache."""
 _CACHED_ROWS = 64
 

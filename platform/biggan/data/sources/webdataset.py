@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,14 @@ def sample_key(path: str) -> tuple[str, str]:
 
 def is_webdataset(shard: File, look_at: int = 200) -> bool:
     """Whether a tar archive's files are samples with labels beside the images."""
-    for _, member in zip(range(look_at), tar_members(shard), strict=False):
-        if sample_key(member.name)[1].split(".")[-1] in ("cls", "json"):
-            return True
-    return False
+    images, labels = set(), set()
+    for member in islice(tar_members(shard), look_at):
+        key, extension = sample_key(member.name)
+        if extension in ("cls", "json"):
+            labels.add(key)
+        elif is_image_name(member.name):
+            images.add(key)
+    return bool(images & labels)
 
 
 @dataclass
