@@ -303,13 +303,21 @@ def test_a_stream_reads_no_further_than_a_few_windows(numbered, cluster, tmp_pat
     reader.close()
 
 
-STREAMED = tiny(
-    data__mode="stream",
-    data__window_mib=1e-3,
-    total_kimg=0.768,
-    optim__accumulation=2,
-    data__flip=True,
-)
+STREAMED = tiny(dataset="sliced", data__mode="stream", data__window_mib=1e-3, optim__accumulation=2)
+"""16 steps of 32: five windows of one part, which borders of steps do not meet."""
+
+
+@pytest.fixture(scope="module")
+def sliced(digits):
+    """The digits in parts of 100."""
+    folder = locate("datasets", "sliced")
+    with digits.folder.local_copy() as local:
+        folder.upload(local)
+        parts = sorted(local.glob("part-*.parquet"))
+        table = pa.concat_tables([pq.read_table(part) for part in parts])
+    for k in range(18):
+        pq.write_table(table.slice(100 * k, 100), f"{folder.path}/part-{k:06d}.parquet")
+    return Dataset.open("sliced", mode="stream")
 
 
 def final_state(run):
@@ -317,21 +325,20 @@ def final_state(run):
     return torch.load(f"{run.path}/{name}/{STATE}", weights_only=True)
 
 
-def test_a_streamed_run_broken_off_ends_as_an_undisturbed_one(digits, tmp_path):
+def test_a_streamed_run_broken_off_ends_as_an_undisturbed_one(sliced, tmp_path):
     whole, broken = (Folder(str(tmp_path / name)) for name in ("whole", "broken"))
-    assert train_here(STREAMED, whole, digits, stream=StreamReader) == "finished"
+    assert train_here(STREAMED, whole, sliced, stream=StreamReader) == "finished"
     with pytest.raises(InterruptedError):
-        train_here(STREAMED, broken, digits, stop_after=1, stream=StreamReader)
-    assert train_here(STREAMED, broken, digits, stream=StreamReader) == "finished"
+        train_here(STREAMED, broken, sliced, stop_after=1, stream=StreamReader)
+    assert train_here(STREAMED, broken, sliced, stream=StreamReader) == "finished"
     for network in ("G", "D", "G_ema"):
         ours, theirs = final_state(broken)[network], final_state(whole)[network]
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_streamed_run_survives_a_worker_where_all_cores_are_claimed(digits, monkeypatch):
-    config = STREAMED.override({"total_kimg": 1.92, "checkpoint.every_kimg": 0.32})
+def test_a_streamed_run_survives_a_worker_where_all_cores_are_claimed(sliced):
     all_cores = Scaling(workers=2, cpus_per_worker=2)
-    whole = biggan.train(config, "streamed", scaling=all_cores)
+    whole = biggan.train(STREAMED, "streamed", scaling=all_cores)
     assert whole.stop_reason == "finished"
     run = locate("runs", "streamed-on")
 
@@ -343,7 +350,7 @@ def test_a_streamed_run_survives_a_worker_where_all_cores_are_claimed(digits, mo
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    assert biggan.train(config, "streamed-on", scaling=all_cores).stop_reason == "finished"
+    assert biggan.train(STREAMED, "streamed-on", scaling=all_cores).stop_reason == "finished"
     assert not killer.is_alive()
     ours, theirs = final_state(run), final_state(whole.folder)
     for network in ("G", "D", "G_ema"):
