@@ -830,6 +830,9 @@ def test_a_library_that_is_not_installed(tmp_path, monkeypatch):
         file["imgs"], file["labels"] = pictures(4), np.arange(4)
     monkeypatch.setitem(sys.modules, "h5py", None)
     fails(path, r"not installed: pip install 'biggan-platform\[hdf5\]'")
+    dicom(tmp_path / "scans" / "a" / "0.dcm", CT)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    fails(tmp_path / "scans", r"not installed: pip install 'biggan-platform\[medical\]'")
 
 
 # DICOM.

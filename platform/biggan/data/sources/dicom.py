@@ -34,6 +34,7 @@ def decode_dicom(content: bytes, window: Window = None) -> np.ndarray:
     first of the file's own windows, else to the range of the values (8 bits stay as they are).
     MONOCHROME1, where 0 is white, is inverted. Raises `ImageError` for several frames in one file.
     """
+    require_pydicom()
     import pydicom
     from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
