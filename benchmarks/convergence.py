@@ -7,7 +7,8 @@ from a checkout (see `peers.py`); it draws labels for its fakes evenly, as its c
 
 BigGAN-PyTorch knows RGB images of 32 to 256 pixels, so first
 
-    python jobs/prepare.py --source digits --name digits32 --resolution 32 --mode rgb
+    python jobs/prepare.py --source digits --name digits32 --resolution 32 --mode rgb \\
+      --allow channels
     git clone https://github.com/ajbrock/BigGAN-PyTorch
     python benchmarks/convergence.py --peer biggan-pytorch=BigGAN-PyTorch --dataset digits32
 
@@ -186,7 +187,7 @@ def check_dataset(info: DatasetInfo, name: str, peers: Mapping[str, Path]) -> No
     source = info.source.get("source", "SOURCE")
     mend = (
         f"prepare it anew: python jobs/prepare.py --source {source} --name {Path(name).name}-rgb32"
-        " --resolution 32 --mode rgb"
+        " --resolution 32 --mode rgb --allow channels"
     )
     if peers and info.channels != 3:
         raise BenchmarkError(

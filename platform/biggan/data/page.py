@@ -37,7 +37,9 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
 tr:first-child > * { border-top: 0 }
 th { font-weight: 500; color: var(--soft); min-width: 9rem }
 .number { text-align: right; white-space: nowrap; min-width: 4rem }
-svg { display: block; max-width: 100%; height: auto }
+.chart { overflow-x: auto; margin: 0 0 1.2rem }
+svg { display: block; width: 100%; min-width: 38rem; height: auto }
+svg .note { fill: var(--soft) }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif }
 .train { fill: var(--train) } .held { fill: var(--held) }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em }
@@ -46,8 +48,8 @@ svg text { fill: var(--ink); font: 13px system-ui, sans-serif }
   align-items: center; margin: 0 }
 .examples dt { overflow-wrap: anywhere } .examples small { color: var(--soft); display: block }
 .examples dd { display: grid; grid-template-columns: repeat(8, 1fr); gap: 4px; margin: 0 }
-.examples img { display: block; width: 100%; max-width: 96px; aspect-ratio: 1;
-  image-rendering: pixelated }
+.examples img { display: block; width: 100%; max-width: 96px; aspect-ratio: 1 }
+@media (max-width: 40rem) { .examples { grid-template-columns: 1fr } }
 """
 
 
@@ -56,6 +58,8 @@ def as_page(description: Description) -> str:
     info = description.info
     title = f"Dataset {escape(description.name)}"
     lead = f"{info.n_images:,} images in {len(info.classes):,} classes"
+    if info.held_out:
+        lead += f", and {sum(info.held_out):,} held out"
     sections = [
         f"<h1>{title}</h1>\n<p class='lead'>{lead}</p>",
         *(f"<p class='warning'>{escape(line)}</p>" for line in description.warnings()),
@@ -94,17 +98,24 @@ def _chart(info: DatasetInfo) -> str:
             "<p class='note'><span class='key train'></span>to train on"
             "<span class='key held'></span>held out</p>\n"
         )
-    return note + _bars(info, rows)
+    return note + _bars(info, rows, between)
 
 
-def _bars(info: DatasetInfo, rows: list[int]) -> str:
-    """Horizontal bars, one a class, with its name before and its count behind."""
+def _bars(info: DatasetInfo, rows: list[int], between: int) -> str:
+    """Horizontal bars, one a class, with its name before and its count behind.
+
+    `between` classes are left out in the middle.
+    """
     held_out = info.held_out or [0] * len(info.classes)
     most = max(info.counts[i] + held_out[i] for i in rows)
     name_width, bar_width, height = 210, 560, 24
     lines = []
+    if between:
+        y = len(rows) // 2 * height + 16
+        lines.append(f"<text class='note' x='{name_width}' y='{y}'>{between:,} between</text>")
     for row, i in enumerate(rows):
-        y, train, held = row * height, info.counts[i], held_out[i]
+        train, held = info.counts[i], held_out[i]
+        y = (row + (between > 0 and row >= len(rows) // 2)) * height
         first, second = (max(bar_width * n / most, 0) for n in (train, held))
         value = f"{train:,}" + (f" + {held:,}" if held else "")
         lines.append(
@@ -116,8 +127,12 @@ def _bars(info: DatasetInfo, rows: list[int]) -> str:
             " height='16'/>"
             f"<text x='{name_width + first + second + 6:.1f}' y='{y + 16}'>{value}</text></g>"
         )
-    size = f"viewBox='0 0 {name_width + bar_width + 120} {len(rows) * height}'"
-    return f"<svg {size} role='img' aria-label='Images by class'>\n" + "\n".join(lines) + "\n</svg>"
+    size = f"0 0 {name_width + bar_width + 120} {(len(rows) + (between > 0)) * height}"
+    bars = "\n".join(lines)
+    return (
+        f"<div class='chart'><svg viewBox='{size}' role='img' aria-label='Images by class'>\n"
+        f"{bars}\n</svg></div>"
+    )
 
 
 def _profile(info: DatasetInfo) -> str:
@@ -132,8 +147,8 @@ def _profile(info: DatasetInfo) -> str:
     points.append(f"{width},{height}")
     label = f"{len(counts):,} classes by size, from {counts[0]:,} images to {counts[-1]:,}"
     return (
-        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{label}'>"
-        f"<title>{label}</title><polygon class='train' points='{' '.join(points)}'/></svg>"
+        f"<div class='chart'><svg viewBox='0 0 {width} {height}' role='img' aria-label='{label}'>"
+        f"<title>{label}</title><polygon class='train' points='{' '.join(points)}'/></svg></div>"
     )
 
 

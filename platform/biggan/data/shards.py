@@ -41,7 +41,7 @@ class Record:
     kept: np.ndarray
     """bool `[n]`: the item is an image, and has a row in the part."""
     coloured: np.ndarray
-    """bool `[n]`: it shows colour, as it came."""
+    """bool `[n]`: it showed colour, which a grey dataset has lost."""
     sizes: np.ndarray
     """int32 `[n, 2]`: width and height, as it came."""
     digests: np.ndarray
@@ -100,8 +100,9 @@ def write_shard(
             reason = " ".join(f"{type(error).__name__}: {error}".split())
         else:
             content = pixels.tobytes()
-            name = source.classes[labels[row]].encode()
-            record.digests[row] = _bytes(hashlib.sha256(name + b"\0" + content))
+            digest = hashlib.sha256(source.classes[labels[row]].encode() + b"\0")
+            digest.update(content)
+            record.digests[row] = _bytes(digest)
             record.pixels[row] = _bytes(hashlib.sha256(content))[:16]
             record.kept[row] = True
             columns["image"].append(encode(pixels))
@@ -130,7 +131,8 @@ def _standardized(preparation: Preparation, sample: Sample, record: Record, row:
         preparation.background,
     )
     record.sizes[row] = image.size
-    record.coloured[row] = is_coloured(image)
+    # Of RGB the images themselves can tell.
+    record.coloured[row] = preparation.channels == 1 and is_coloured(image)
     if "empty-images" not in preparation.allow and (spread := _spread(pixels)) < 1:
         raise ImageError(f"{EMPTY} (its pixels deviate by {spread:.2f} of 255 levels)")
     return pixels
@@ -151,9 +153,9 @@ def is_coloured(image: Image.Image) -> bool:
 
 def _spread(pixels: np.ndarray) -> float:
     """Standard deviation of the channel that varies most, or 1 if it is at least that."""
-    few = pixels[::8, ::8]
-    # A part's own variance, by its share, is a lower bound of that of the whole.
-    if few.std((0, 1)).max() ** 2 * few.size >= pixels.size:
+    few = pixels[::8, ::8, 0].astype(np.float32).ravel()
+    # The whole has at least the squared deviations of a part, which mostly are enough.
+    if few @ few - few.sum() ** 2 / few.size >= pixels[:, :, 0].size:
         return 1.0
     return float(pixels.std((0, 1)).max())
 
