@@ -54,6 +54,17 @@ def storage_root(root: str | None = None) -> str:
     return absolute(root or os.environ.get("BIGGAN_STORAGE") or DEFAULT_ROOT)
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps what it can fetch or make again.
+
+    That is $BIGGAN_CACHE, else $XDG_CACHE_HOME/biggan, else ~/.cache/biggan.
+    """
+    if own := os.environ.get("BIGGAN_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "biggan"
+
+
 def check_name(name: str) -> str:
     """Return `name` if it can name something in storage; raises `StorageError` otherwise."""
     if not _NAME.fullmatch(name):

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from biggan.data.dataset import Progress
 from biggan.data.plan import Plan, Preparation, PreparationError
@@ -50,8 +49,7 @@ class Colours:
 
 def _colour_of(sample: Sample) -> bool | None:
     try:
-        image = sample.load()
-        return is_coloured(image if isinstance(image, Image.Image) else Image.fromarray(image))
+        return is_coloured(sample.image())
     except Exception:  # Decoders raise anything at all; it is reported when the image's turn comes.
         return None
 

@@ -2,10 +2,10 @@
 
 The file holds the pixels alone, uint8 `[N, C, H, W]`. All processes of a machine share it through
 the page cache, so that it takes memory once, and a second run begins at once. It lies in
-`decoded/KEY.u8` under $BIGGAN_CACHE, else $XDG_CACHE_HOME/biggan, else ~/.cache/biggan; KEY stands
-for the dataset's description and the names and sizes of its parts. Decoded data may take
-$BIGGAN_CACHE_GIB there, by default half of what would be free without it; those that were not used
-for longest go first.
+`decoded/KEY.u8` in the machine's cache folder (`storage.cache_folder`); KEY stands for the
+dataset's description and the names and sizes of its parts. Decoded data may take $BIGGAN_CACHE_GIB
+there, by default half of what would be free without it; those that were not used for longest go
+first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from biggan.data.parts import StoredImages
 from biggan.errors import UserError
-from biggan.storage import StorageError
+from biggan.storage import StorageError, cache_folder
 
 IN_MEMORY = 64 * 2**20
 """Decoded data no larger than this stays in each process's own memory: decoding it again takes
@@ -57,19 +57,11 @@ def available_memory() -> int:
     return min(found)
 
 
-def cache_folder() -> Path:
-    """Where decoded data lies."""
-    if given := os.environ.get("BIGGAN_CACHE"):
-        return Path(given).expanduser() / "decoded"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "biggan" / "decoded"
-
-
 def cache_limit() -> int:
     """Bytes that decoded data may take altogether."""
     if (limit := _gib_from("BIGGAN_CACHE_GIB")) is not None:
         return limit
-    folder = _made(cache_folder())
+    folder = _made(cache_folder() / "decoded")
     disk = os.statvfs(folder)
     return (disk.f_bavail * disk.f_frsize + sum(_entries(folder).values())) // 2
 
@@ -101,7 +93,7 @@ def load(stored: StoredImages, key: str, progress: Callable[[str], None] | None 
     """
     if stored.nbytes <= IN_MEMORY:
         return torch.from_numpy(np.concatenate(list(stored.parts())))
-    file = _made(cache_folder()) / f"{key}.u8"
+    file = _made(cache_folder() / "decoded") / f"{key}.u8"
     with _locked(file):
         if not (file.exists() and file.stat().st_size == stored.nbytes):
             _make_room(file, stored)

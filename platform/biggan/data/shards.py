@@ -121,8 +121,7 @@ def _bytes(digest: Any) -> np.ndarray:
 
 def _standardized(preparation: Preparation, sample: Sample, record: Record, row: int) -> np.ndarray:
     assert preparation.channels is not None
-    loaded = sample.load()
-    image = loaded if isinstance(loaded, Image.Image) else Image.fromarray(loaded)
+    image = sample.image()
     pixels = standardize(
         image,
         preparation.resolution,

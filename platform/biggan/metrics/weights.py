@@ -19,7 +19,7 @@ from typing import BinaryIO
 import requests
 
 from biggan.errors import UserError
-from biggan.storage import Folder, absolute
+from biggan.storage import Folder, absolute, cache_folder
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -76,14 +76,6 @@ def inception_weights(spec: str | None = None) -> Weights:
             return Weights(content, expected, str(cached))
         print(f"{cached} is damaged, fetching it again", file=sys.stderr)
     return _download(source, expected, cached)
-
-
-def cache_folder() -> Path:
-    """For downloads: $BIGGAN_CACHE, else $XDG_CACHE_HOME/biggan, else ~/.cache/biggan."""
-    if own := os.environ.get("BIGGAN_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "biggan"
 
 
 def read_file(source: str, mends: str) -> bytes:

@@ -1,9 +1,8 @@
 """Files that a source reads: at any place in them, wherever they lie.
 
 What cannot be read from the middle (compressed as one stream, or wanted by a library that reads
-local files alone) is unpacked once per machine into a cache, which all its processes share. That
-is `$BIGGAN_CACHE`, else a folder beneath the system's temporary one; what nothing has used for a
-week is deleted.
+local files alone) is unpacked once per machine into its cache folder (`storage.cache_folder`),
+which all its processes share; what nothing has used for a week is deleted.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import os
 import shutil
 import struct
 import tarfile
-import tempfile
 import time
 import zipfile
 import zlib
@@ -35,7 +33,7 @@ from pyarrow import fs
 
 from biggan.data.sources.source import SourceError
 from biggan.data.sources.splits import split_of
-from biggan.storage import Folder
+from biggan.storage import Folder, cache_folder
 
 DAMAGE = (
     OSError,
@@ -201,11 +199,8 @@ def splits_of(files: Sequence[File], place: Folder | str) -> list[str]:
 
 
 def _cache() -> Path:
-    named = os.environ.get("BIGGAN_CACHE")
-    folder = Path(named or Path(tempfile.gettempdir()) / f"biggan-cache-{os.getuid()}")
+    folder = cache_folder() / "sources"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise SourceError(f"cache {folder} is another user's: set BIGGAN_CACHE to one of yours")
     return folder
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from biggan.data.dataset import Rejected
+from biggan.data.images import to_image
 from biggan.errors import UserError
 
 Check = Literal["one-class", "labels", "gaps", "few-images", "channels", "empty-images"]
@@ -45,6 +46,11 @@ class Sample:
     load: Callable[[], Image.Image | np.ndarray]
     """Its image, perhaps not yet decoded: Pillow's, or an array `[H, W]` or `[H, W, C]`. Raises
     whatever a damaged one makes it."""
+
+    def image(self) -> Image.Image:
+        """The same as a Pillow image."""
+        loaded = self.load()
+        return loaded if isinstance(loaded, Image.Image) else to_image(loaded)
 
 
 class Source(ABC):
