@@ -6,7 +6,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
-from scipy.linalg.lapack import dpstrf
+from scipy.linalg.lapack import dpstrf, dsygst
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -79,18 +79,19 @@ def _trace_of_root(c1: Array, c2: Array) -> float:
         return 0.0
     if not alive.all():
         c1, c2 = (np.ascontiguousarray(c[alive][:, alive]) for c in (c1, c2))
-    if _is_regular(c1) and _is_regular(c2):
-        eigenvalues: Array = scipy.linalg.eigvalsh(c1, c2, type=2, driver="gv", check_finite=False)
+    if _cholesky(c1) is not None and (lower := _cholesky(c2)) is not None:
+        symmetric, _ = dsygst(c1, lower, itype=2, lower=1)  # L^T C1 L, where C2 = L L^T.
+        eigenvalues: Array = scipy.linalg.eigvalsh(symmetric, check_finite=False)
         return float(np.sqrt(eigenvalues.clip(min=0)).sum())
     product = torch.from_numpy(_factor(c1).T @ _factor(c2))
     return float(torch.linalg.svdvals(product).sum())
 
 
-def _is_regular(covariance: Array) -> bool:
-    """Whether every feature has variance that those before it do not explain, beyond rounding."""
-    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(covariance))
-    unexplained = factor.diagonal().square().numpy() / covariance.diagonal()
-    return not failed and bool((unexplained > _rounding(covariance)).all())
+def _cholesky(covariance: Array) -> Array | None:
+    """L with L L^T = covariance; None if rounding alone could explain the variance of a feature."""
+    lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(covariance))
+    left = lower.diagonal().square().numpy() / covariance.diagonal()
+    return None if failed or not (left > _rounding(covariance)).all() else lower.numpy()
 
 
 def _factor(covariance: Array) -> Array:
