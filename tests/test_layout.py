@@ -15,6 +15,7 @@ WITH_RAY = {
     "data.preparation",
     "data.stream",
     "distributed",
+    "evaluation",
     "generation",
     "search",
     "trials",

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from biggan.data.dataset import DESCRIPTION, DatasetInfo, Rejected, encode
+from biggan.data.dataset import DESCRIPTION, DatasetInfo, Rejected
 from biggan.data.describe import PAGE, describe, find_examples
+from biggan.data.parts import encode
 from biggan.storage import Folder, StorageError
 
 

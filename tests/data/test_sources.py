@@ -25,8 +25,9 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
 
-from biggan.data.dataset import DatasetInfo, encode
+from biggan.data.dataset import DatasetInfo
 from biggan.data.images import standardize
+from biggan.data.parts import encode
 from biggan.data.sources import SourceError, SourceOptions, open_source
 from biggan.data.sources import parquet as parquet_module
 from biggan.data.sources.decoding import decode_image
