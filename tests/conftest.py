@@ -35,6 +35,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 import pytest
 import ray
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 from biggan.config import RunConfig
 from biggan.data.dataset import Dataset
@@ -132,14 +133,20 @@ def _start_cluster():
     return {"address": address, "dashboard": f"http://127.0.0.1:{dashboard}"}
 
 
-@pytest.hookimpl(tryfirst=True)
+class Shares(LoadScopeScheduling):
+    """A file's tests run in one process, those that look at the whole cluster all in one."""
+
+    def _split_scope(self, nodeid):
+        return "integration" if "/integration/" in nodeid else nodeid.split("::")[0]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Shares(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """A file's tests run in one process; those that look at the whole cluster in one and the same,
-    from the beginning, since they take longest."""
+    """What takes longest comes first."""
     items.sort(key=lambda item: "integration" not in item.path.parts)
-    for item in items:
-        together = "integration" if "integration" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(together))
 
 
 def pytest_sessionfinish(session, exitstatus):

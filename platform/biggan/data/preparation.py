@@ -8,6 +8,7 @@ interrupted preparation has written lies beside it, and the same command goes on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -259,7 +260,8 @@ def _measure_reference(
 
 def measure_reference(folder: Folder, threads: int) -> float:
     """Add the `classifier` extractor and its references to a dataset; returns its accuracy."""
-    torch.set_num_threads(threads)
+    # A cluster may count more cores than its machines have.
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
     dataset = Dataset.open(folder.uri)
     device = own_device()
     network, accuracy = train_classifier(dataset, device, progress=print)
