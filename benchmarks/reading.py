@@ -158,7 +158,7 @@ def step_ahead_to_alone(
     for k in range(rounds):
         rates = {}
         for ahead in (True, False) if k % 2 else (False, True):
-            prefetch = Prefetch(batches)
+            prefetch = Prefetch(batches, 0)
             make = prefetch.inputs if ahead else batches.inputs
             rates[ahead] = rate(
                 lambda step, make=make: losses(train_step, make(step)),  # type: ignore[misc]
