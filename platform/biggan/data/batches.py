@@ -195,11 +195,12 @@ class Prefetch:
             self._ahead[1].cancel()
             self._ahead = self._begin(step)
         loaded = self._ahead[1].result()
-        self._ahead = self._begin(step + 1)
         if self._copies:
             for tensor in loaded.tensors():  # Not to be used anew before this step is through.
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return loaded.to_inputs()
+        inputs = loaded.to_inputs()
+        self._ahead = self._begin(step + 1)
+        return inputs
 
     def close(self) -> None:
         """End the thread."""
