@@ -195,7 +195,7 @@ class TrainingLoop:
             for group in optimizer.param_groups:
                 group["lr"] *= factor
         batches = Batches(self.config, self.dataset, self.workers, self.stream)
-        self.prefetch = Prefetch(batches)
+        self.prefetch = Prefetch(batches, self.state.step)
         self.train_step = TrainStep(self.config, self.state, self.workers)
 
     def _open_journal(self) -> Journal | None:

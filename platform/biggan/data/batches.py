@@ -180,33 +180,35 @@ class Prefetch:
     What goes wrong in the thread is raised where the inputs are asked for.
     """
 
-    def __init__(self, batches: Batches) -> None:
-        """Nothing is begun before the first step is asked for."""
+    def __init__(self, batches: Batches, first: int) -> None:
+        """Begins with step number `first`, at once."""
         self.batches = batches
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._ahead: tuple[int, Future[Loaded]] | None = None
         device = batches.workers.device
         # Copies go through a stream of their own, beside the kernels of the step before.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead = self._begin(first)
 
     def inputs(self, step: int) -> StepInputs:
         """What `Batches.inputs` gives."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] != step:
-            if ahead:
-                ahead[1].cancel()
-            ahead = (step, self._thread.submit(self._load, step))
-        loaded = ahead[1].result()
-        self._ahead = (step + 1, self._thread.submit(self._load, step + 1))
+        if self._ahead[0] != step:
+            self._ahead[1].cancel()
+            self._ahead = self._begin(step)
+        loaded = self._ahead[1].result()
         if self._copies:
             for tensor in loaded.tensors():  # Not to be used anew before this step is through.
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return loaded.to_inputs()
+        inputs = loaded.to_inputs()
+        self._ahead = self._begin(step + 1)
+        return inputs
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self.batches.close()
+
+    def _begin(self, step: int) -> tuple[int, Future[Loaded]]:
+        return step, self._thread.submit(self._load, step)
 
     def _load(self, step: int) -> Loaded:
         with torch.cuda.stream(self._copies) if self._copies else nullcontext():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -221,26 +221,39 @@ class Dataset:
         sizes = part_sizes(folder, split)
         by_part = read_labels(folder, list(sizes))
         _check_counts(folder, whole.counts if split == "train" else whole.held_out, by_part)
-        class_ids = [whole.classes.index(name) for name in info.classes]
+        class_ids = [whole.classes.index(kept) for kept in info.classes]
         renumbered = np.full(len(whole.classes), -1)
         renumbered[class_ids] = range(len(class_ids))
         rows = [np.flatnonzero(renumbered[part] >= 0) for part in by_part]
         labels = [renumbered[part[kept]] for part, kept in zip(by_part, rows, strict=True)]
+        joined = np.concatenate([np.empty(0, np.int64), *labels])
         shape = (info.channels, info.resolution, info.resolution)
         stored = StoredImages(folder, list(sizes), rows, shape)
         if mode == "auto":
             mode = "memory" if decoded.fits(stored.nbytes) else "stream"
-        contents = [whole.model_dump(), split, info.classes, list(sizes.items())]
         return cls(
             info,
-            torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels])),
+            torch.from_numpy(joined),
             stored,
             class_ids=class_ids,
             split=split,
             mode=mode,
-            key=hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
+            key=_key(whole, split, info.classes, sizes, joined),
             progress=progress,
         )
+
+
+def _key(
+    whole: DatasetInfo,
+    split: Split,
+    classes: Sequence[str],
+    part_sizes: Mapping[str, int],
+    labels: np.ndarray,
+) -> str:
+    """What stands for these images in this order; a fingerprint says nothing of their order."""
+    labelled = hashlib.sha256(labels.tobytes()).hexdigest()
+    contents = [whole.model_dump(), split, classes, list(part_sizes.items()), labelled]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def _check_counts(folder: Folder, promised: Sequence[int], by_part: Sequence[np.ndarray]) -> None:
