@@ -1,4 +1,4 @@
-"""FID by images seen, our trainer and another implementation's on the same data set.
+r"""FID by images seen, our trainer and another implementation's on the same data set.
 
 Both train with the same widths, batches, learning rates and number of D updates, on the same real
 images in the same order; FID is taken by one evaluator, with one extractor, on the averaged
@@ -7,7 +7,7 @@ from a checkout (see `peers.py`); it draws labels for its fakes evenly, as its c
 
 BigGAN-PyTorch knows RGB images of 32 to 256 pixels, so first
 
-    python jobs/prepare.py --source digits --name digits32 --resolution 32 --mode rgb \\
+    python jobs/prepare.py --source digits --name digits32 --resolution 32 --mode rgb \
       --allow channels
     git clone https://github.com/ajbrock/BigGAN-PyTorch
     python benchmarks/convergence.py --peer biggan-pytorch=BigGAN-PyTorch --dataset digits32
