@@ -12,7 +12,8 @@ it is not moved by what else runs on the machine.
 
 `memory` prepares 10,000, 100,000 and 1,000,000 images of 8x8 pixels that are made up as they are
 read, and samples what each process holds: private memory, without what it shares with others (the
-object store and libraries).
+object store and libraries). Its columns are this process, the largest worker that writes shards,
+all of those, the one that trains the classifier and measures the reference, and Ray's own.
 """
 
 from __future__ import annotations
@@ -179,6 +180,7 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         me = psutil.Process()
+        seen: dict[int, str] = {}  # Once idle, a process still holds what it needed at work.
         while not self._done.wait(0.2):
             now: dict[str, int] = {"driver": private_bytes(me), "workers": 0, "Ray itself": 0}
             for process in me.children(recursive=True):
@@ -187,8 +189,12 @@ class MemoryWatch:
                 except psutil.Error:
                     continue
                 if "measure_reference" in command:
-                    now["reference"] = now.get("reference", 0) + held
-                elif command.startswith("ray::"):
+                    seen[process.pid] = "reference"
+                elif "Map(" in command:
+                    seen.setdefault(process.pid, "worker")
+                if seen.get(process.pid) == "reference":
+                    now["reference"] = held
+                elif seen.get(process.pid) == "worker":
                     now["workers"] += held
                     now["one worker"] = max(now.get("one worker", 0), held)
                 else:

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -136,7 +137,7 @@ def test_a_thousand_classes(tmp_path):
 
 
 def test_a_prepared_one(digits):
-    text, page = shown(digits.folder)
+    text, page = shown(Path(digits.folder.path))
     assert re.search(r"classifier for FID +│ 9\d\.\d% of the images", text)
     assert len(Page(page).images) == 80
     assert "│   178" in text
