@@ -1,7 +1,8 @@
-"""What preparing data costs: beside a plain loop of Pillow, and in memory as data sets grow.
+"""What data cost: prepared beside a plain loop of Pillow, in memory as they grow, read in training.
 
     python benchmarks/data.py prepare
     python benchmarks/data.py memory
+    python benchmarks/data.py read --dataset digits
 
 `prepare` writes photos of 256x256 pixels as JPEG, and brings them to 128x128 as PNG in Parquet: by
 a single-threaded loop of Pillow on one core, and by our shards on Ray Data on one and on two, in
@@ -14,6 +15,8 @@ it is not moved by what else runs on the machine.
 read, and samples what each process holds: private memory, without what it shares with others (the
 object store and libraries). Its columns are this process, the largest worker that writes shards,
 all of those, the one that trains the classifier and measures the reference, and Ray's own.
+
+`read` is `reading.py`'s.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import reading
 from machine import BenchmarkError
 from PIL import Image, ImageOps
 
@@ -276,11 +280,11 @@ def compare_memory(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="What preparing data costs, in time and memory.",
+        description="What data cost: to prepare, in memory, to read in training.",
         epilog="example: python benchmarks/data.py prepare --images 8000 --rounds 5",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
-    verbs = parser.add_subparsers(required=True, metavar="prepare|memory")
+    verbs = parser.add_subparsers(required=True, metavar="prepare|memory|read")
     verb = verbs.add_parser("prepare", help="images a second beside a plain loop of Pillow")
     verb.add_argument("--images", type=int, default=4096, help="photos to prepare")
     verb.add_argument("--rounds", type=int, default=3)
@@ -289,6 +293,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     verb.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     verb.add_argument("--workers", type=int, default=2, help="shards at a time")
     verb.set_defaults(measure=compare_memory)
+    verb = verbs.add_parser("read", help="reading beside the training step that consumes it")
+    reading.add_arguments(verb)
+    verb.set_defaults(measure=reading.measure)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,7 @@
 """Reading images beside the training step that consumes them.
 
     python jobs/prepare.py --source digits --name digits --resolution 16
-    python benchmarks/reading.py --dataset digits --threads 2
+    python benchmarks/data.py read --dataset digits --threads 2
 
 Prints, for the recipe of a preset on a prepared dataset and this machine:
 
@@ -17,15 +17,12 @@ Prints, for the recipe of a preset on a prepared dataset and this machine:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +35,6 @@ from biggan.data import decoded
 from biggan.data.batches import Batches, Prefetch
 from biggan.data.dataset import Dataset, Mode
 from biggan.data.reading import OpenStream
-from biggan.errors import UserError
 from biggan.loop import TrainingLoop
 from biggan.parallel import Workers
 from biggan.runs import read_metrics
@@ -66,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                         help="a setting of the run by dotted name; repeatable")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 
 
 def configuration(args: argparse.Namespace) -> RunConfig:
@@ -203,8 +198,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         f"a step with inputs made ahead : made when wanted = {statistics.median(ratios):.3f}"
         f" ({min(ratios):.3f} to {max(ratios):.3f})"
     )
-    if args.json:
-        args.json.write_text(json.dumps(figures) + "\n")
     return figures
 
 
@@ -226,19 +219,3 @@ def _measure_mode(
         "data_wait": waited,
         "data_wait_with_start": overall,
     }
-
-
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description="Reading images beside the training step that consumes them.",
-        epilog="example: python benchmarks/reading.py --dataset digits --threads 2",
-    )
-    add_arguments(parser)
-    measure(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
