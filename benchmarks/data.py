@@ -53,6 +53,7 @@ from biggan.errors import UserError
 from biggan.storage import Folder
 
 SIDE, RESOLUTION, CLASSES = 256, 128, 10
+DISTINCT = 1000
 ROWS = 1024
 """Images of a Parquet file that the loop writes; as many as of a shard."""
 LOOP, OURS = "loop", "ours"
@@ -70,12 +71,15 @@ def photo(generator: np.random.Generator) -> Image.Image:
 
 
 def write_photos(root: Path, n: int) -> None:
-    """So many JPEG files in class folders."""
+    """So many JPEG files in class folders, of which `DISTINCT` are not links to others."""
     generator = np.random.default_rng(0)
     for i in range(CLASSES):
         (root / f"class{i}").mkdir(parents=True)
-    for i in range(n):
-        photo(generator).save(root / f"class{i % CLASSES}" / f"{i:06d}.jpg", quality=90)
+    paths = [root / f"class{i % CLASSES}" / f"{i:06d}.jpg" for i in range(n)]
+    for path in paths[:DISTINCT]:
+        photo(generator).save(path, quality=90)
+    for i, path in enumerate(paths[DISTINCT:]):
+        path.hardlink_to(paths[i % DISTINCT])
 
 
 def plain_loop(source: Path, out: Path) -> None:
@@ -286,7 +290,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     verbs = parser.add_subparsers(required=True, metavar="prepare|memory|read")
     verb = verbs.add_parser("prepare", help="images a second beside a plain loop of Pillow")
-    verb.add_argument("--images", type=int, default=4096, help="photos to prepare")
+    verb.add_argument("--images", type=int, default=16384, help="photos to prepare")
     verb.add_argument("--rounds", type=int, default=3)
     verb.set_defaults(measure=compare_preparation)
     verb = verbs.add_parser("memory", help="peak memory as the number of images grows")

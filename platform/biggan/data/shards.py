@@ -91,7 +91,8 @@ def write_shard(
     labels = source.labels[items].tolist()
     for row, sample in enumerate(source.read(items)):
         try:
-            pixels = _standardized(preparation, sample, record, row)
+            name = source.classes[labels[row]]
+            pixels = _standardized(preparation, sample, name, record, row)
         except UnidentifiedImageError:  # Its text holds an address, another one each time.
             reason = "no image that Pillow can open"
         except ImageError as error:
@@ -99,11 +100,6 @@ def write_shard(
         except Exception as error:  # Decoders raise anything at all on damaged files.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
         else:
-            content = pixels.tobytes()
-            digest = hashlib.sha256(source.classes[labels[row]].encode() + b"\0")
-            digest.update(content)
-            record.digests[row] = _bytes(digest)
-            record.pixels[row] = _bytes(hashlib.sha256(content))[:16]
             record.kept[row] = True
             columns["image"].append(encode(pixels))
             columns["label"].append(labels[row])
@@ -115,11 +111,10 @@ def write_shard(
     return record
 
 
-def _bytes(digest: Any) -> np.ndarray:
-    return np.frombuffer(digest.digest(), np.uint8)
-
-
-def _standardized(preparation: Preparation, sample: Sample, record: Record, row: int) -> np.ndarray:
+def _standardized(
+    preparation: Preparation, sample: Sample, class_name: str, record: Record, row: int
+) -> np.ndarray:
+    """The pixels of one item, with what there is to record of them."""
     assert preparation.channels is not None
     image = sample.image()
     pixels = standardize(
@@ -129,6 +124,11 @@ def _standardized(preparation: Preparation, sample: Sample, record: Record, row:
         preparation.fit,
         preparation.background,
     )
+    pixels = np.ascontiguousarray(pixels)
+    digest = hashlib.sha256(class_name.encode() + b"\0")
+    digest.update(pixels.data)
+    record.digests[row] = np.frombuffer(digest.digest(), np.uint8)
+    record.pixels[row] = np.frombuffer(hashlib.sha256(pixels.data).digest()[:16], np.uint8)
     record.sizes[row] = image.size
     # Of RGB the images themselves can tell.
     record.coloured[row] = preparation.channels == 1 and is_coloured(image)
