@@ -106,7 +106,7 @@ def _start_cluster():
     Its logical CPUs let tests schedule more than the machine has cores.
     """
     port, dashboard, agent, client = (free_port() for _ in range(4))
-    options = f"""--head --block --num-cpus=6 --port={port} --node-ip-address=127.0.0.1
+    options = f"""--head --block --num-cpus=4 --port={port} --node-ip-address=127.0.0.1
         --include-dashboard=true --dashboard-port={dashboard} --temp-dir={SESSIONS}
         --dashboard-agent-listen-port={agent} --ray-client-server-port={client}
         --disable-usage-stats --object-store-memory=500000000"""

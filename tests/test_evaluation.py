@@ -99,17 +99,18 @@ def test_evaluating_a_run_leaves_a_file_beside_it(tiny_run):
     assert f"FID {kept['measures']['fid']['value']:.3f} (classifier features, 64 samples" in said
 
 
-def test_evaluating_a_model_updates_its_card(tiny_model):
-    evaluation = evaluate(model="tiny@v1", num_samples=70)
-    card = load_card(tiny_model.folder)
-    assert card.fid == tiny_model.card.fid  # That of its promotion.
+def test_evaluating_a_model_updates_its_card(tiny_run):
+    promoted = promote(run="tiny", name="carded")
+    evaluation = evaluate(model="carded@v1", num_samples=70)
+    card = load_card(promoted.folder)
+    assert card.fid == promoted.card.fid  # That of its promotion.
     assert evaluation in card.evaluations
-    assert tiny_model.folder.read_json("evaluation.json")["measures"].keys() == MEASURES
-    again = evaluate(model="tiny@v1", num_samples=70)
-    kept = load_card(tiny_model.folder).evaluations
+    assert promoted.folder.read_json("evaluation.json")["measures"].keys() == MEASURES
+    again = evaluate(model="carded@v1", num_samples=70)
+    kept = load_card(promoted.folder).evaluations
     assert [e for e in kept if e.protocol == again.protocol] == [again]
-    imported = add_imported("unmeasured", load_generator("tiny@v1"))
-    first = evaluate(model="unmeasured", dataset="digits", num_samples=64)
+    imported = add_imported("measured-later", load_generator("carded@v1"))
+    first = evaluate(model="measured-later", dataset="digits", num_samples=64)
     assert load_card(imported).fid == first.value
     assert load_card(imported).fid_protocol == first.protocol
 

@@ -8,12 +8,14 @@ import scipy.linalg
 import torch
 from conftest import add_imported, tiny
 
+from biggan.config import EvalConfig
 from biggan.errors import UserError
-from biggan.evaluation import evaluate, measure
+from biggan.evaluation import evaluate
 from biggan.latents import sample_z
 from biggan.metrics.extractors import load_extractor
-from biggan.metrics.fid import EVALUATION_SEED, Evaluator, Reference
+from biggan.metrics.fid import EVALUATION_SEED, Evaluator, measure
 from biggan.metrics.frechet import Moments, frechet_distance
+from biggan.metrics.reference import Reference
 from biggan.models import load_generator
 from biggan.parallel import CPU, Workers
 from biggan.pixels import from_uint8, to_uint8
@@ -22,7 +24,7 @@ from biggan.pixels import from_uint8, to_uint8
 @pytest.mark.parametrize("truncation", [None, 0.5])
 def test_fid_done_again(digits, tiny_model, truncation):
     G = load_generator("tiny@best")
-    fid = measure(G, digits, num_samples=300, truncation=truncation)
+    fid = measure(G, digits, EvalConfig(), num_samples=300, truncation=truncation)
     extractor = load_extractor("classifier", digits.folder, CPU)
     z = sample_z([EVALUATION_SEED + i for i in range(300)], G.z_dim, truncation)
     labels = digits.class_sampler.spread(300)
@@ -38,14 +40,14 @@ def test_fid_done_again(digits, tiny_model, truncation):
     gap = ((fakes.mean(0) - reals.mean(0)) ** 2).sum()
     expected = gap + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
     assert fid.value == pytest.approx(expected, rel=1e-3)
-    assert fid.protocol["num_samples"] == 300
-    assert fid.protocol["reference_count"] == 1797
+    assert fid.protocol.num_samples == 300
+    assert fid.protocol.reference_count == 1797
     assert "classifier" in str(fid)
 
 
 def test_real_images_have_a_low_fid_and_noise_a_high_one(digits):
     extractor = load_extractor("classifier", digits.folder, CPU)
-    reference = Reference.load(digits.folder, extractor)
+    reference = Reference.of(digits, extractor)
 
     def distance(images):
         moments = Moments(extractor.dim)
@@ -70,13 +72,17 @@ def test_other_moments_are_another_protocol(digits, tiny_model):
     with_tables, without = load_generator("tiny@best"), load_generator("tiny@best")
     without.tables = None
     at = {"num_samples": 64, "standing": 16_384}
-    assert measure(with_tables, digits, **at) == measure(without, digits, **at)
-    theirs, ours = (measure(G, digits, **at, truncation=0.6) for G in (without, with_tables))
-    assert theirs.protocol["tables"] is None
-    assert ours.protocol["tables"]["images"] == 2048
-    assert theirs.protocol | {"tables": ours.protocol["tables"]} == ours.protocol
+    config = EvalConfig()
+    assert measure(with_tables, digits, config, **at) == measure(without, digits, config, **at)
+    theirs, ours = (
+        measure(G, digits, config, **at, truncation=0.6) for G in (without, with_tables)
+    )
     assert theirs.value != pytest.approx(ours.value, rel=1e-3)
-    assert json.loads(json.dumps(ours.protocol)) == ours.protocol  # As a card gives it back.
+    theirs, ours = theirs.protocol.as_dict(), ours.protocol.as_dict()
+    assert theirs["tables"] is None
+    assert ours["tables"]["images"] == 2048
+    assert theirs | {"tables": ours["tables"]} == ours
+    assert json.loads(json.dumps(ours)) == ours  # As a card gives it back.
 
 
 def test_an_imported_model_has_to_be_told_its_dataset(digits, tiny_model):
@@ -84,21 +90,21 @@ def test_an_imported_model_has_to_be_told_its_dataset(digits, tiny_model):
     with pytest.raises(UserError, match=r"model no-run@v1 was imported.*name a prepared one"):
         evaluate(model="no-run@v1")
     fid = evaluate(model=folder.uri, dataset="digits")
-    assert fid.num_samples == 10_000
-    assert fid.standing_statistics == 0
+    assert fid.protocol["num_samples"] == 10_000
+    assert fid.protocol["standing_statistics"] == 0
     again = evaluate(model="tiny@v1", num_samples=10_000)
     assert fid.value == pytest.approx(again.value, rel=1e-4)
 
 
 def test_evaluating_runs_checkpoints_and_models(tiny_run, tiny_model):
     of_run = evaluate(run="tiny")
-    assert of_run.num_samples == tiny().eval.num_samples
+    assert of_run.protocol["num_samples"] == tiny().eval.num_samples
     checkpoint = tiny_run / tiny_model.card.checkpoint
     assert evaluate(checkpoint=checkpoint.uri).value == pytest.approx(of_run.value)
     of_model = evaluate(model="tiny@best")
     assert of_model.value == pytest.approx(tiny_model.card.fid, rel=1e-6)
     assert of_model.protocol == tiny_model.card.fid_protocol
-    assert evaluate(run="tiny", num_samples=100).num_samples == 100
+    assert evaluate(run="tiny", num_samples=100).protocol["num_samples"] == 100
     truncated = evaluate(model="tiny", truncation=0.2, num_samples=32)
     assert truncated.protocol["truncation"] == 0.2
     assert truncated.value != of_model.value

@@ -65,7 +65,7 @@ def test_the_weights_are_the_best_checkpoints_average(tiny_run, tiny_model):
 def test_a_checkpoint_is_not_exported_twice(tiny_model):
     before = ModelStore("tiny").versions()
     again = biggan.promote(run="tiny", name="tiny")
-    assert again.card == tiny_model.card
+    assert again.card.model_copy(update={"evaluations": []}) == tiny_model.card
     assert again.reason == "it is tiny@best already"
     assert ModelStore("tiny").versions() == before
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from biggan import evaluation
+from biggan import candidates
 from biggan.candidates import TRUNCATIONS, collect_standing_statistics
 from biggan.config import ModelConfig
 from biggan.errors import UserError
@@ -35,8 +35,8 @@ def G(request):
     """A generator with standing statistics over few images."""
     G = build(**request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "STANDING_IMAGES", 768)
-        patch.setattr(evaluation, "TABLE_IMAGES", 512)
+        patch.setattr(candidates, "STANDING_IMAGES", 768)
+        patch.setattr(candidates, "TABLE_IMAGES", 512)
         collect_standing_statistics(G, COUNTS)
     return G.requires_grad_(False)
 
@@ -106,8 +106,8 @@ def test_moments_are_collected_at_the_truncation(G, truncation, images):
 
 
 def test_collecting_again_changes_nothing(monkeypatch):
-    monkeypatch.setattr(evaluation, "STANDING_IMAGES", 256)
-    monkeypatch.setattr(evaluation, "TABLE_IMAGES", 256)
+    monkeypatch.setattr(candidates, "STANDING_IMAGES", 256)
+    monkeypatch.setattr(candidates, "TABLE_IMAGES", 256)
     G = build()
     collect_standing_statistics(G, COUNTS)
     first = {name: value.clone() for name, value in G.state_dict().items()}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +9,6 @@ import time
 from collections import Counter
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +17,7 @@ from conftest import tiny, train_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import biggan
+from biggan.candidates import load_checkpoint
 from biggan.checkpoint import STATE
 from biggan.config import ConfigError, RunConfig
 from biggan.data import decoded
@@ -30,7 +29,6 @@ from biggan.data.reading import with_settled_mode
 from biggan.data.stream import StreamReader
 from biggan.distributed import Scaling
 from biggan.errors import UserError
-from biggan.evaluation import load_checkpoint
 from biggan.parallel import ALONE, CPU, Workers
 from biggan.runs import best_checkpoint, checkpoints, read_metrics
 from biggan.storage import Folder, StorageError, locate
@@ -337,27 +335,18 @@ def test_a_streamed_run_broken_off_ends_as_an_undisturbed_one(sliced, tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_streamed_run_survives_a_worker_where_all_cores_are_claimed(sliced):
-    config = STREAMED.override({"total_kimg": 0.768})
-    all_cores = Scaling(workers=2, cpus_per_worker=2)
-    whole = biggan.train(config, "streamed", scaling=all_cores)
-    assert whole.stop_reason == "finished"
-    run = locate("runs", "streamed-on")
-
-    def kill():
-        while not checkpoints(run):
-            time.sleep(0.02)
-        workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
-        os.kill(workers[-1].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    assert biggan.train(config, "streamed-on", scaling=all_cores).stop_reason == "finished"
-    assert not killer.is_alive()
-    ours, theirs = final_state(run), final_state(whole.folder)
+def test_two_streaming_workers_follow_one(sliced, tmp_path):
+    config = STREAMED.override({"total_kimg": 0.256})
+    two = biggan.train(config, "streamed", scaling=Scaling(workers=2, cpus_per_worker=1))
+    assert two.stop_reason == "finished"
+    dataset = open_dataset(config)
+    one = Folder(str(tmp_path / "one"))
+    assert train_here(config, one, dataset, stream=StreamReader) == "finished"
+    ours, theirs = final_state(two.folder), final_state(one)
     for network in ("G", "D", "G_ema"):
         for name, expected in theirs[network].items():
-            assert torch.equal(ours[network][name], expected), f"{network}.{name}"
+            difference = (ours[network][name] - expected).norm() / expected.norm()
+            assert difference < 1e-3, f"{network}.{name}"
 
 
 def test_quotas_by_hand():
@@ -455,7 +444,7 @@ def test_a_generator_of_a_subset_knows_those_classes_alone(digits):
             run,
             Dataset.open("digits", classes=["3", "8"]),
         )
-    assert biggan.evaluate(run="subset", num_samples=64).dataset_fingerprint == (
+    assert biggan.evaluate(run="subset", num_samples=64).protocol["reference_fingerprint"] == (
         digits.info.subset(["3", "7"]).fingerprint
     )
 

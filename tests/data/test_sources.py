@@ -41,7 +41,8 @@ CLASSES = ["bird", "cat", "dog"]
 def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("BIGGAN_CACHE", str(folder))
-    return folder
+    (folder / "sources").mkdir()
+    return folder / "sources"
 
 
 def pictures(n, channels=3, seed=0):

@@ -72,11 +72,12 @@ def test_a_dataset_without_its_classifier(tmp_path):
 @pytest.mark.parametrize(
     "counts,floor",
     [
-        ([500] * 2, 0.75),  # p + p (1 - p).
-        ([500] * 10, 0.19),
-        ([1300] * 1000, 0.001 + 0.000999),
-        ([900, 100], 0.95),  # Half way to 1.
-        ([10] * 10, 0.1 + 3 * (0.09 / 10) ** 0.5),  # Luck: 10 images are held out.
+        # p + p (1 - p) less two standard errors over a tenth of the images.
+        ([500] * 2, 0.75 - 2 * (0.25 / 100) ** 0.5),
+        ([500] * 10, 0.19 - 2 * (0.09 / 500) ** 0.5),
+        ([5400, 600], 0.95 - 2 * (0.09 / 600) ** 0.5),  # Half way to 1.
+        ([1300] * 1000, 0.001999 - 2 * (0.000999 / 130_000) ** 0.5),
+        ([30] * 10, 0.1),  # Never under the largest class's share.
     ],
 )
 def test_the_floor_of_accuracy(counts, floor):
@@ -88,7 +89,7 @@ def test_the_floor_of_accuracy(counts, floor):
 def test_a_classifier_that_is_refused_says_what_to_do():
     with pytest.raises(UserError) as error:
         check_accuracy(0.12, [100] * 10)
-    for part in ("12.0% of 100 held-out", "labels", "--extractor inception", "--min-accuracy"):
+    for part in ("12.0% of 100 held-out", "labels", "extractor inception", "--min-accuracy"):
         assert part in str(error.value)
     check_accuracy(0.12, [100] * 10, floor=0.1)
     check_accuracy(0, [100] * 10, floor=0)
@@ -98,7 +99,7 @@ def test_a_classifier_that_is_refused_says_what_to_do():
         check_accuracy(0.8, [100] * 10, floor=90)
 
 
-@pytest.mark.parametrize("counts", [[100], [100, 0], [1, 1, 1]])
+@pytest.mark.parametrize("counts", [[100], [100, 0], [1, 1, 1], [145, 145]])
 def test_where_there_is_nothing_to_refuse(counts):
     check_accuracy(0.0, counts)
 

@@ -195,13 +195,17 @@ def _accuracy(
     return right / max(1, len(indices))
 
 
+ENOUGH_TO_TELL = 30
+"""Held-out images from which on a classifier's accuracy says something about its features."""
+
+
 def check_accuracy(accuracy: float, counts: Sequence[int], floor: float | None = None) -> None:
-    """Raise `ExtractorError` if a classifier of held-out `accuracy` has features that mean nothing.
+    """Raise `WeakClassifierError` if a classifier of held-out `accuracy` has features of no use.
 
     `counts` are the images of each class. The default floor lies above the share p of the largest
-    class, which needs no look at the images, by p (1 - p), or by what luck gives on so few held-out
-    images (3 standard errors) if that is more, but at most half way to 1. With one class, or none
-    held out, there is nothing to refuse.
+    class, which needs no look at the images, by p (1 - p) but at most half way to 1, less the two
+    standard errors by which the accuracy over so few images may be off. With one class, or fewer
+    than `ENOUGH_TO_TELL` images held out, there is nothing to refuse by default.
     """
     if floor is not None and not 0 <= floor <= 1:
         raise ExtractorError(f"--min-accuracy is {floor}, must be from 0 (never refuse) to 1")
@@ -210,14 +214,15 @@ def check_accuracy(accuracy: float, counts: Sequence[int], floor: float | None =
         return
     p = max(counts) / sum(counts)
     if floor is None:
-        luck = 3 * math.sqrt(p * (1 - p) / held_out)
-        floor = p + min(max(p * (1 - p), luck), (1 - p) / 2)
+        if held_out < ENOUGH_TO_TELL:
+            return
+        floor = max(p, p + min(p, 0.5) * (1 - p) - 2 * math.sqrt(p * (1 - p) / held_out))
     if accuracy < floor:
         raise WeakClassifierError(
             f"the classifier whose features FID would compare gets {accuracy:.1%} of {held_out:,}"
             f" held-out images right, must be {floor:.1%} or more (always the largest class:"
-            f" {p:.1%}): check that the labels fit the images, give more images, use --extractor"
-            " inception, or lower --min-accuracy"
+            f" {p:.1%}): check that the labels fit the images, give more images, or lower"
+            " --min-accuracy and compare other features (--eval.extractor inception)"
         )
 
 
