@@ -145,7 +145,9 @@ def encode(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     if image.shape[2] in (1, 3):
         pixels = image[:, :, 0] if image.shape[2] == 1 else image
-        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        # A quarter quicker than Pillow's 6 for an eighth more bytes (benchmarks/README.md).
+        picture.save(file, "PNG", compress_level=1)
     else:
         np.save(file, image, allow_pickle=False)
     return file.getvalue()
