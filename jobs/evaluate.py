@@ -62,8 +62,7 @@ class Evaluate:
 
 def table(evaluation: Evaluation) -> Table:
     """The measures for people."""
-    title = f"{evaluation.subject}: {evaluation}"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=evaluation.subject, box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("measure")
     shown.add_column("value", justify="right")
     shown.add_column("deviation", justify="right")

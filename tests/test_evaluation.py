@@ -129,6 +129,16 @@ def test_what_cannot_be_measured(tiny_run, asked, said):
         evaluate(run="tiny", **asked)
 
 
+def test_weights_that_cannot_be_had_are_told_in_a_line(tiny_run):
+    flags = ["--extractor", "inception", "--inception-weights", "http://127.0.0.1:9/weights.pth"]
+    said = job("evaluate", "--run", "tiny", *flags, status=2).stderr
+    [line] = [line for line in said.splitlines() if "error" in line.lower()]
+    assert line.startswith("error: the Inception weights")
+    for mend in ("127.0.0.1:9/weights.pth", "put the file at", "--inception-weights PATH"):
+        assert mend in line
+    assert "--extractor classifier" in line
+
+
 def test_protocols_differ_where_one_entry_does():
     a = {"extractor": "inception", "num_samples": 50_000, "truncation": None}
     assert differences(a, dict(reversed(a.items()))) == ""

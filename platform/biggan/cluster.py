@@ -11,6 +11,7 @@ import ray
 import ray.data
 import torch
 
+from biggan.errors import UserError
 from biggan.parallel import CPU, Workers
 
 
@@ -44,6 +45,16 @@ def own_device() -> torch.device:
     Ray leaves GPUs visible to tasks that asked for none.
     """
     return Workers.current().device if ray.get_gpu_ids() else CPU
+
+
+def result(task: Any) -> Any:
+    """What a task gave; a `UserError` is raised as it was there, without Ray's traceback."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
 
 
 def quiet_ray_data() -> None:

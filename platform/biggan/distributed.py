@@ -262,10 +262,10 @@ def ray_run_config(
 def train_worker(spec: dict[str, Any]) -> str:
     """One worker of a run, under Ray Train; returns why the run ended."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
-    torch.set_num_threads(spec["cpus"] or _share_of_cores())
+    config = RunConfig.parse(spec["config"])
+    torch.set_num_threads(spec["cpus"] or _share_of_cores(config))
     run, workers = Folder(spec["run"]), Workers.current(get_device())
     say = None if spec["quiet"] else print_line
-    config = RunConfig.parse(spec["config"])
     info = read_info(config, name=spec["dataset"])
     config = with_settled_mode(config, info, run, workers)
     loop = TrainingLoop(
@@ -288,8 +288,10 @@ def train_worker(spec: dict[str, Any]) -> str:
         return DOES_NOT_FIT + str(error)
 
 
-def _share_of_cores() -> int:
+def _share_of_cores(config: RunConfig) -> int:
     """The cores of this machine for each of a run's workers on it.
+
+    One is left for evaluations beside training: threads that wait for a core wait all the time.
 
     A function of the machine and not of what else runs, since another number of threads would
     round differently when a run resumes.
@@ -297,7 +299,7 @@ def _share_of_cores() -> int:
     sharing: int = ray.train.get_context().get_local_world_size()
     linux = hasattr(os, "sched_getaffinity")  # Which heeds a container's limits.
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    return max(1, cores // sharing)
+    return max(1, (cores - (config.eval.mode == "async")) // sharing)
 
 
 def _report_to(run: Folder) -> Report:

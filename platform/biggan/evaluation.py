@@ -18,7 +18,7 @@ import ray
 import torch
 
 from biggan.candidates import load_checkpoint
-from biggan.cluster import connect, largest_node, own_device
+from biggan.cluster import connect, largest_node, own_device, result
 from biggan.config import EvalConfig, RunConfig
 from biggan.data.dataset import Dataset, Progress, open_dataset
 from biggan.data.parts import Split
@@ -217,9 +217,9 @@ def _in_order(
     for batches in plan:
         waiting.append(start(batches))
         if len(waiting) >= at_a_time:
-            yield ray.get(waiting.popleft())
+            yield result(waiting.popleft())
     while waiting:
-        yield ray.get(waiting.popleft())
+        yield result(waiting.popleft())
 
 
 def _observe_some(shared: list[Any], draw: Draw, batches: list[int]) -> list[Observed]:
@@ -243,7 +243,7 @@ def ensure_reference(config: RunConfig, dataset: Folder) -> None:
     # That of all images by the classifier is made at preparation.
     if config.eval.extractor != "classifier" or config.data.classes:
         remote, _ = _on_cluster(_ensure_reference_here)
-        ray.get(remote(config, dataset))
+        result(remote(config, dataset))
 
 
 def _ensure_reference_here(config: RunConfig, dataset: Folder) -> None:

@@ -19,7 +19,7 @@ import ray
 import ray.data
 import torch
 
-from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
+from biggan.cluster import connect, largest_node, own_device, quiet_ray_data, result
 from biggan.data import checks
 from biggan.data.checks import Checks, Colours
 from biggan.data.claim import claimed
@@ -253,7 +253,7 @@ def _measure_reference(
     # One core is claimed whatever is used: beside an endpoint that holds one, a task that claimed
     # the whole machine would wait for ever.
     task = ray.remote(measure_reference).options(num_cpus=1, num_gpus=min(1, node.gpus))
-    accuracy = ray.get(task.remote(draft, max(1, node.cpus)))
+    accuracy = result(task.remote(draft, max(1, node.cpus)))
     progress(f"classifier: {accuracy:.1%} of the images that it did not learn from right")
     check_accuracy(accuracy, info.counts, min_accuracy)
 
