@@ -219,6 +219,11 @@ def test_evaluation_beside_training_finds_what_inline_finds(tiny_run, digits):
     assert sheets[0] == sheets[1] != []
 
 
+def test_a_held_out_reference_wants_held_out_images(digits):
+    with pytest.raises(ConfigError, match=r"eval.reference = 'held_out': dataset digits has no"):
+        biggan.train(tiny(eval__reference="held_out"), "held-out")
+
+
 def test_async_is_refused_where_nobody_evaluates(digits):
     with pytest.raises(ConfigError, match=r"eval.mode = 'async': only Ray Train evaluates beside"):
         train_here(tiny(eval__mode="async"), locate("runs", "nobody"), digits)

@@ -224,6 +224,11 @@ def _already_over(config: RunConfig, run: Folder) -> str:
 def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:
     """Raise `ConfigError` unless the configuration fits the dataset and the number of workers."""
     check_extractor(config.eval.extractor)
+    if config.eval.reference == "held_out" and not sum(dataset.held_out):
+        raise ConfigError(
+            f"eval.reference = 'held_out': dataset {config.dataset} has no held-out images; prepare"
+            " it with --held-out 0.1, or set eval.reference to train"
+        )
     check_model(config.model, dataset.resolution)
     check_batch(config, workers)
 
