@@ -80,15 +80,9 @@ def evaluate(
     """
     if [run, checkpoint, model].count(None) != 2:
         raise UserError("give exactly one of run, checkpoint and model")
-    if num_samples is not None and num_samples < 2:
-        raise UserError(f"num_samples is {num_samples}, must be 2 or more: FID needs a covariance")
-    if repeats < 1:
-        raise UserError(f"repeats is {repeats}, must be 1 or more")
-    if workers is not None and workers < 0:
-        raise UserError(f"workers is {workers}, must be 1 or more, or 0 for as many as have room")
-    device = (
-        Workers.current().device if workers is None else CPU
-    )  # Tasks have devices of their own.
+    _check_numbers(num_samples, repeats, workers)
+    # Tasks have devices of their own.
+    device = Workers.current().device if workers is None else CPU
     subject = _find(run, checkpoint, model, root, device)
     if subject.config is None and dataset is None:
         raise UserError(
@@ -120,6 +114,15 @@ def evaluate(
     evaluation = report(subject.name, passes, evaluator.reference, protocol)
     _keep(subject, evaluation)
     return evaluation
+
+
+def _check_numbers(num_samples: int | None, repeats: int, workers: int | None) -> None:
+    if num_samples is not None and num_samples < 2:
+        raise UserError(f"num_samples is {num_samples}, must be 2 or more: FID needs a covariance")
+    if repeats < 1:
+        raise UserError(f"repeats is {repeats}, must be 1 or more")
+    if workers is not None and workers < 0:
+        raise UserError(f"workers is {workers}, must be 1 or more, or 0 for as many as have room")
 
 
 def _find(

@@ -6,6 +6,7 @@ batch, and where a run was interrupted, make no difference.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -24,7 +25,7 @@ class Order(Protocol):
         """Image indices at positions start to start + count - 1: int64 `[count]`."""
 
 
-class EpochOrder:
+class EpochOrder(ABC):
     """An order that is made one epoch of n positions at a time."""
 
     def __init__(self, n: int, seed: int) -> None:
@@ -50,9 +51,9 @@ class EpochOrder:
             self._epochs[epoch] = self.epoch(epoch)
         return self._epochs[epoch]
 
+    @abstractmethod
     def epoch(self, number: int) -> np.ndarray:
         """The image indices of one epoch: int64 `[n]`."""
-        raise NotImplementedError
 
 
 class ShuffledOrder(EpochOrder):
