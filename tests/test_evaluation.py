@@ -92,7 +92,8 @@ def test_a_draw_is_the_same_images_in_whatever_batches(tiny_run, tiny_model):
 def test_evaluating_a_run_leaves_a_file_beside_it(tiny_run):
     said = job("evaluate", "--run", "tiny", "--num-samples", "64", "--workers", "1").stdout
     kept = tiny_run.read_json("evaluation.json")
-    assert json.loads(said.splitlines()[-1]) == kept
+    [line] = [line for line in said.splitlines() if line.startswith("{")]
+    assert json.loads(line) == kept
     assert kept["subject"] == f"runs/tiny/{best_checkpoint(tiny_run)[0].name}"
     assert kept["measures"]["fid"]["protocol"]["num_samples"] == 64
     assert "class accuracy" in said
