@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from biggan.parallel import ALONE, CPU
 from biggan.pixels import to_uint8
 from biggan.promotion import best_trial, promote
 from biggan.runs import best_checkpoint, checkpoints, read_metrics
+from biggan.search import Search, _noise
 from biggan.storage import StorageError, locate
 from biggan.trials import INSIDE_NOISE, _standings, difference_within
 
@@ -195,6 +197,17 @@ def test_differences_inside_the_noise_are_marked():
     fids = pd.Series([10.0, 12.0, 12.9, 1e6])
     assert _standings(fids, 1.0) == ["best", INSIDE_NOISE, "worse", "worse"]
     assert _standings(fids, None) == ["best", "", "", ""]
+
+
+def test_the_noise_is_of_the_protocol_that_the_trials_have(tiny_run):
+    checkpoint = best_checkpoint(tiny_run)[0].uri
+    evaluate(checkpoint=checkpoint, num_samples=200, repeats=2)  # Not what the sweep asks for.
+    noise = _noise(Search(noise_repeats=2), None)(tiny_run)
+    assert noise == evaluate(run="tiny", repeats=2).measures["fid"].deviation
+    assert evaluate(checkpoint=checkpoint, repeats=2).measures["fid"].deviation == noise
+    began = time.monotonic()
+    assert _noise(Search(noise_repeats=2), None)(tiny_run) == noise
+    assert time.monotonic() - began < 0.5  # It is read, not measured again.
 
 
 def test_evaluation_beside_training_finds_what_inline_finds(tiny_run, digits):

@@ -30,6 +30,7 @@ from biggan.data.stream import StreamReader
 from biggan.distributed import Scaling, check_fit, ray_run_config, train_worker, worker_spec
 from biggan.evaluation import EVALUATION, ensure_reference, evaluate
 from biggan.loop import KeepCheckpoints, Report, TrainingLoop
+from biggan.metrics.protocol import differences
 from biggan.metrics.report import Evaluation
 from biggan.parallel import Workers
 from biggan.runs import best_checkpoint, latest_checkpoint, open_run
@@ -189,12 +190,13 @@ def _noise(search: Search, root: str | None) -> Callable[[Folder], float | None]
     """What measures the standard deviation of a trial's FID; once, since it is kept."""
 
     def measure(trial: Folder) -> float | None:
-        checkpoint, _ = best_checkpoint(trial)
+        checkpoint, info = best_checkpoint(trial)
+        repeats = search.noise_repeats
         if checkpoint.exists(EVALUATION):
             kept = Evaluation.model_validate(checkpoint.read_json(EVALUATION))
-            if kept.repeats == search.noise_repeats:
+            alike = not differences(kept.protocol, info.fid_protocol or {})
+            if alike and kept.repeats == repeats:  # And not one that a user took otherwise.
                 return kept.measures["fid"].deviation
-        repeats = search.noise_repeats
         print(f"measuring the noise of FID: {trial.name}, {repeats} draws", flush=True)
         evaluation = evaluate(checkpoint=checkpoint.uri, repeats=repeats, workers=0, root=root)
         return evaluation.measures["fid"].deviation

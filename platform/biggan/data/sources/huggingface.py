@@ -95,15 +95,6 @@ class HuggingFaceSource(RowSource):
         taken: list[Any] = column.take(pa.array(rows)).to_pylist()
         return taken
 
-    def _ref(self, batch: int, row: int) -> str:
-        file = self.file_of[batch]
-        number = int(self.starts[batch]) + row - int(self.first_of_file[file])
-        return f"{self.files[file].name} row {number}"
-
-    def _row(self, row: int) -> str:
-        batch = int(self._batches(np.array([row]))[0])
-        return self._ref(batch, row - int(self.starts[batch]))
-
     @property
     def description(self) -> dict[str, Any]:
         """What `dataset.json` says of the source."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from biggan.data.images import ImageError
 from biggan.data.sources.decoding import decode_image
+from biggan.data.sources.files import File
 from biggan.data.sources.labels import Labelled
 from biggan.data.sources.source import Sample, Source
 from biggan.storage import Folder
@@ -26,6 +27,11 @@ class RowSource(Source):
 
     root: Folder
     """What paths in rows count from."""
+    files: Sequence[File]
+    file_of: np.ndarray
+    """int `[batches]`, the file of each batch."""
+    first_of_file: np.ndarray
+    """int64 `[files]`, the first row of each."""
     starts: np.ndarray
     """int64 `[batches + 1]`, the first row of each batch."""
     rows: np.ndarray
@@ -48,9 +54,14 @@ class RowSource(Source):
     def _contents(self, batch: int, rows: np.ndarray) -> list[Any]:
         """What rows of a batch (counted from its first) hold in the image column."""
 
-    @abstractmethod
     def _ref(self, batch: int, row: int) -> str:
-        """What people know a row by."""
+        file = self.file_of[batch]
+        number = int(self.starts[batch]) + row - int(self.first_of_file[file])
+        return f"{self.files[file].name} row {number}"
+
+    def _row(self, row: int) -> str:
+        batch = int(self._batches(np.array([row]))[0])
+        return self._ref(batch, row - int(self.starts[batch]))
 
     def refs(self, items: np.ndarray) -> list[str]:
         """A file and a row for each item."""
