@@ -45,7 +45,7 @@ from biggan.models import ModelCard, ModelStore
 from biggan.networks import Generator
 from biggan.parallel import CPU, Workers
 from biggan.promotion import promote
-from biggan.runs import latest_checkpoint, open_run
+from biggan.runs import open_run
 from biggan.storage import Folder, locate
 
 ROOT = Path(__file__).parents[1]
@@ -196,10 +196,7 @@ def train_here(
             raise InterruptedError
 
     alone = Workers(0, 1, CPU)
-    latest = latest_checkpoint(run)
-    loop = TrainingLoop(
-        config, dataset, run, alone, report, resume_from=latest, say=say, stream=stream
-    )
+    loop = TrainingLoop(config, dataset, run, alone, report, say=say, stream=stream)
     return loop.run()
 
 

@@ -164,7 +164,6 @@ def test_divergence_names_step_and_cause_and_reports_a_large_fid(digits, tmp_pat
         run,
         Workers(0, 1, CPU),
         lambda metrics, folder: reports.append((metrics, folder)),
-        resume_from=kept,
         say=None,
     )
     reason = loop.run()
@@ -237,7 +236,6 @@ def test_a_run_that_was_over_says_so_again(tiny_run, digits):
         tiny_run,
         alone,
         lambda metrics, folder: reports.append((metrics, folder)),
-        resume_from=latest_checkpoint(tiny_run),
         say=None,
     )
     assert loop.run() == "finished"

@@ -24,7 +24,7 @@ from biggan.config import CollapseConfig, ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.metrics.fid import FID
 from biggan.metrics.protocol import digest
-from biggan.storage import Folder, StorageError
+from biggan.storage import Folder, StorageError, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -169,11 +169,31 @@ def good_checkpoint(folder: Folder, before_step: int) -> str:
 
 def latest_checkpoint(folder: Folder) -> Folder | None:
     """A run's newest undamaged checkpoint, to resume from; None if there is none."""
+    for name in sorted(set(folder.children()) - set(checkpoints(folder))):
+        if name.startswith("checkpoint_"):
+            logger.warning("%s was not written to its end; it is not used", folder / name)
     for name in reversed(_on_course(folder)):
         if is_undamaged(folder / name):
             return folder / name
         logger.warning("%s is damaged; resuming from the checkpoint before", folder / name)
     return None
+
+
+def unsaved(folder: Folder) -> Folder:
+    """Where this machine keeps the state of a run that its storage refused to take."""
+    place = hashlib.sha256(folder.uri.encode()).hexdigest()[:8]
+    return Folder(str(cache_folder() / "unsaved" / f"{folder.name}-{place}"))
+
+
+def bring_in_unsaved(folder: Folder) -> None:
+    """Give a run the state that this machine kept for it, unless others have gone on since."""
+    kept = unsaved(folder)
+    there = max((info.step for info in checkpoints(folder).values()), default=-1)
+    for name, info in checkpoints(kept).items():
+        if info.step > there and is_undamaged(kept / name):
+            for file in (STATE, DESCRIPTION):
+                (folder / name).write_bytes(file, (kept / name).read_bytes(file))
+    kept.delete()
 
 
 def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
@@ -223,10 +243,14 @@ def fid_row(fid: FID) -> dict[str, Any]:
 
 
 def read_rows(folder: Folder, name: str) -> list[dict[str, Any]]:
-    """A file of one JSON object a line; none if nothing was written yet."""
+    """A file of one JSON object a line; none if nothing was written yet.
+
+    A last line without its end was being written when its writer was killed, and does not count.
+    """
     if not folder.exists(name):
         return []
-    return [json.loads(line) for line in folder.read_bytes(name).splitlines()]
+    whole, _, _ = folder.read_bytes(name).rpartition(b"\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def code_version() -> dict[str, str]:
