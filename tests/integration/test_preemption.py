@@ -117,14 +117,14 @@ def test_where_there_is_no_cloud_the_listener_says_so_and_ends():
     url = f"http://127.0.0.1:{free_port()}"
     assert find_cloud(url) is None
     done = listen("127.0.0.1:1", url)
-    said, _ = done.communicate(timeout=30)
+    said, _ = done.communicate(timeout=60)
     assert said == f"no metadata service at {url}: no cloud whose notice could be heard\n"
     assert done.returncode == 0
 
 
 def test_an_address_that_is_none_is_refused(metadata):
     done = listen("head", metadata.url)
-    said, _ = done.communicate(timeout=30)
+    said, _ = done.communicate(timeout=60)
     assert "--address 'head': must be HOST:PORT" in said
     assert done.returncode == 2
 
@@ -144,6 +144,12 @@ def listen(address, url, ip="127.0.0.1"):
 def node(cluster, request):
     """A second machine of the cluster, at work: its IP and node id."""
     ip = request.param
+
+    @ray.remote(resources={ip: 1})
+    class Busy:  # Keeps its node from leaving as soon as it drains.
+        def work(self):
+            pass
+
     options = f"""--address={cluster.address} --node-ip-address={ip} --num-cpus=1 --block
         --object-store-memory=80000000 --dashboard-agent-listen-port={free_port()}
         --resources={json.dumps({ip: 1}, separators=(",", ":"))}"""
@@ -155,19 +161,12 @@ def node(cluster, request):
     )
     try:
         node_id = until(lambda: alive(ip), 120)
-        actor = ray.remote(resources={ip: 1})(Busy).remote()
+        actor = Busy.remote()
         ray.get(actor.work.remote())
         yield ip, node_id
     finally:
         started.terminate()
         started.wait(timeout=60)
-
-
-class Busy:
-    """Keeps its node from leaving as soon as it drains."""
-
-    def work(self):
-        pass
 
 
 def alive(ip):
@@ -176,7 +175,7 @@ def alive(ip):
     return nodes[0]["NodeID"] if nodes else ""
 
 
-def until(true, seconds=20):
+def until(true, seconds=30):
     """What `true` gives as soon as it does."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -219,6 +218,6 @@ def test_sigterm_drains_the_node(node, cluster, metadata):
     assert f"listening to GoogleCloud for the end of {ip}" in listener.stdout.readline()
     listener.send_signal(signal.SIGTERM)
     assert 5 < until(lambda: time_left(node_id)) <= 31
-    said, _ = listener.communicate(timeout=30)
+    said, _ = listener.communicate(timeout=60)
     assert f"draining node {node_id}: SIGTERM" in said
     assert listener.returncode == 0
