@@ -48,6 +48,7 @@ def account(tmp_path_factory):
         environment.setenv("AWS_ACCESS_KEY_ID", "nobody")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
         environment.setenv("HOME", str(home))
+        environment.chdir(ROOT)  # Paths in the file count from there.
         environment.delenv("AWS_PROFILE", raising=False)
         boto3.client("iam", "us-west-2").create_instance_profile(InstanceProfileName="biggan")
         environment.setattr(commands, "NodeUpdaterThread", Ssh)

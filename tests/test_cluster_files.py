@@ -1,5 +1,8 @@
 """cluster.yaml and clusters/*.yaml, by Ray's own offline validation."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import yaml
 from conftest import ROOT
@@ -43,6 +46,18 @@ def test_it_is_closed_to_strangers(described):
     assert "--dashboard-host=127.0.0.1" in start(described, "head")
     assert "RAY_AUTH_MODE=token" in str(described["setup_commands"])
     assert "~/.ray/auth_token" in described["file_mounts"]
+
+
+@over(FILES)
+def test_what_is_shipped_is_there_and_can_be_installed(described, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shipped = {there: Path(here) for there, here in described["file_mounts"].items()}
+    del shipped["~/.ray/auth_token"]
+    assert all(path.exists() for path in shipped.values())
+    if "~/biggan" not in shipped:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        needed = {"pyproject.toml", "platform", project["readme"], *project["license-files"]}
+        assert {f"~/biggan/{name}" for name in needed} <= set(shipped)
 
 
 @over(FILES)
