@@ -79,16 +79,16 @@ class AWS(Cloud):
 
     def notice(self) -> Notice | None:
         """A spot machine's end."""
+        action = self._get("/latest/meta-data/spot/instance-action")
+        if action is not None:
+            said = action.json()
+            left = datetime.fromisoformat(said["time"]) - datetime.now(UTC)
+            reason = f"AWS: spot {said['action']} at {said['time']}"
+            return Notice(reason, max(1, int(left.total_seconds())))
         if not self.advised and self._get("/latest/meta-data/events/recommendations/rebalance"):
             self.advised = True  # It may never come to a notice: nothing is drained.
             logger.info("AWS advises to leave this machine: a notice is more likely than usual")
-        action = self._get("/latest/meta-data/spot/instance-action")
-        if action is None:
-            return None
-        said = action.json()
-        left = datetime.fromisoformat(said["time"]) - datetime.now(UTC)
-        reason = f"AWS: spot {said['action']} at {said['time']}"
-        return Notice(reason, max(1, int(left.total_seconds())))
+        return None
 
     def _get(self, path: str) -> requests.Response | None:
         """What is there; None if there is nothing."""
