@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test lint format clean
+.PHONY: help install quickstart serve token test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,10 @@ quickstart: install  ## train digits on this machine, in about 3 minutes, and lo
 
 serve: install  ## serve MODEL (digits@best) on PORT (8000) of this machine
 	$(BIN)/python -m serving --model $(MODEL) --port $(PORT)
+
+token: install  ## make the key to your clusters, ~/.ray/auth_token, if there is none
+	@env -u RAY_AUTH_TOKEN -u RAY_AUTH_TOKEN_PATH $(BIN)/ray get-auth-token --generate > /dev/null 2>&1 && chmod 600 ~/.ray/auth_token
+	@echo "the key to your clusters: $$HOME/.ray/auth_token; with RAY_AUTH_MODE=token Ray uses it"
 
 test: install lint  ## lint, format check, types, and all tests
 	$(BIN)/python -m pytest

@@ -7,19 +7,17 @@ TensorBoard events, `samples/*.png` and `checkpoint_*/`.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import platform
-import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, Rollback, is_undamaged
+from biggan.code_version import code_version, package_version
 from biggan.config import CollapseConfig, ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.metrics.fid import FID
@@ -72,7 +70,7 @@ class RunRecord(BaseModel):
             dataset=dataset.model_copy(update={"rejected": []}),
             code=code_version(),
             packages={"python": platform.python_version()}
-            | {name: _version(name) for name in names},
+            | {name: package_version(name) for name in names},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -251,28 +249,3 @@ def read_rows(folder: Folder, name: str) -> list[dict[str, Any]]:
         return []
     whole, _, _ = folder.read_bytes(name).rpartition(b"\n")
     return [json.loads(line) for line in whole.splitlines()]
-
-
-def code_version() -> dict[str, str]:
-    """The package's version and, in a git checkout, its commit and a hash of what differs."""
-    version = {"version": _version("biggan-platform")}
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> bytes:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
-
-    try:
-        version["commit"] = git("rev-parse", "HEAD").decode().strip()
-        difference = git("diff", "HEAD", "--", ".")
-    except (OSError, subprocess.CalledProcessError):
-        return version  # Installed from a wheel, or shipped to a cluster without its history.
-    if difference:
-        version["diff_sha256"] = hashlib.sha256(difference).hexdigest()
-    return version
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -10,8 +10,8 @@ from biggan.checkpoint import STATE
 from biggan.runs import checkpoints, read_metrics
 from biggan.storage import Folder
 
-STEPS = 800
-EVERY = 25
+STEPS = 400
+EVERY = 20
 """Steps from checkpoint to checkpoint."""
 
 

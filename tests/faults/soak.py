@@ -1,4 +1,4 @@
-"""Training that something befalls again and again: `python tests/faults/soak.py --minutes 60`.
+"""Training that something befalls again and again: `make soak`.
 
 Two workers on two nodes train a small run. Every `--every` seconds one of `FAULTS`, drawn by
 `--seed`, strikes. Then the run is brought to its end, and looked at: every row of metrics there
@@ -22,9 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
 from conftest import TINY
 from faults.disturbed import EVERY, newest, steps_as_kimg, train, wait_for_step
 from faults.machines import Command, Machines
