@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve token test lint format clean
+.PHONY: help install quickstart serve token test test-faults soak lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,12 @@ token: install  ## make the key to your clusters, ~/.ray/auth_token, if there is
 
 test: install lint  ## lint, format check, types, and all tests
 	$(BIN)/python -m pytest
+
+test-faults: install  ## training whose machines, processes and storage fail (about 12 minutes)
+	$(BIN)/python -m pytest -n 0 tests/faults
+
+soak: install  ## an hour of training with a fault every two minutes
+	PYTHONPATH=tests $(BIN)/python -m faults.soak
 
 lint: install  ## lint, format check and types
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -22,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from conftest import TINY
 from faults.disturbed import EVERY, newest, steps_as_kimg, train, wait_for_step
 from faults.machines import Command, Machines
 
@@ -48,6 +48,8 @@ class Soak:
     struck: list[str] = field(default_factory=list)
     recovery: list[float] = field(default_factory=list)
     """Seconds from each fault to the next checkpoint."""
+    steps: int = 0
+    """Taken in the end."""
 
     def begin(self) -> None:
         """Begin the command, or again."""
@@ -64,6 +66,16 @@ class Soak:
         self.struck.append(fault.__name__)
         self.recovery.append(time.monotonic() - began)
         print(f"{fault.__name__:24} at step {before}: {self.recovery[-1]:.0f} s", flush=True)
+
+    def end(self) -> None:
+        """Let the run come to its end, and see that it is whole and has left nothing behind."""
+        assert self.command
+        self.command.kill()
+        self.steps = (newest(self.run) // 1000 + 1) * 1000
+        total = str(steps_as_kimg(self.steps))
+        train(self.machines, self.run.name, "--total-kimg", total).wait(timeout=600)
+        check_whole(self.run, self.steps)
+        assert not workers(), "workers are left behind"
 
     def worker_dies(self) -> None:
         """SIGKILL to a worker in mid-step."""
@@ -138,6 +150,20 @@ def check_whole(run: Folder, steps: int) -> None:
     assert all(is_undamaged(run / name) for name in checkpoints(run))
 
 
+def soak(machines: Machines, minutes: float, every: float, seed: int) -> Soak:
+    """Let faults befall a run for a while, bring it to its end, and look at it."""
+    run = locate("runs", "soak")
+    soaked = Soak(machines, run, random.Random(seed), ("--total-kimg", "1000000"))
+    begin = time.monotonic()
+    soaked.begin()
+    wait_for_step(run, 2 * EVERY)
+    while (now := time.monotonic()) - begin < 60 * minutes:
+        soaked.strike()
+        time.sleep(max(0.0, every - (time.monotonic() - now)))
+    soaked.end()
+    return soaked
+
+
 def main() -> None:
     """Soak for a while, and tell how it went."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,27 +178,16 @@ def main() -> None:
     try:
         machines.restart()
         source = ["--source", "digits", "--resolution", "16"]
-        machines.begin("prepare", "--name", TINY["dataset"], *source).wait()
-        run = locate("runs", "soak")
-        soak = Soak(machines, run, random.Random(given.seed), ("--total-kimg", "1000000"))
-        begin = time.monotonic()
-        soak.begin()
-        wait_for_step(run, 2 * EVERY)
-        while (now := time.monotonic()) - begin < 60 * given.minutes:
-            soak.strike()
-            time.sleep(max(0.0, given.every - (time.monotonic() - now)))
-        assert soak.command
-        soak.command.kill()
-        steps = (newest(run) // 1000 + 1) * 1000
-        train(machines, "soak", "--total-kimg", str(steps_as_kimg(steps))).wait(timeout=600)
-        check_whole(run, steps)
-        assert not workers(), "workers are left behind"
+        machines.begin("prepare", "--name", "digits", *source).wait()
+        soaked = soak(machines, given.minutes, given.every, given.seed)
     finally:
         machines.close()
-    print(f"\n{len(soak.struck)} faults in {given.minutes:g} minutes, {steps} steps, whole")
-    for name, count in Counter(soak.struck).most_common():
-        times = [s for f, s in zip(soak.struck, soak.recovery, strict=True) if f == name]
+    struck, took = soaked.struck, soaked.recovery
+    print(f"\n{len(struck)} faults in {given.minutes:g} minutes, {soaked.steps} steps, whole")
+    for name, count in Counter(struck).most_common():
+        times = [s for f, s in zip(struck, took, strict=True) if f == name]
         print(f"| {name} | {count} | {statistics.median(times):.0f} s | {max(times):.0f} s |")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
