@@ -126,7 +126,8 @@ class Cluster:
         Between nodes each GPU of a node carries its part, so that together they have the node's
         network for the whole. The ring in a node is the two halves of one.
         """
-        inside = replace(self.machine.inside, bandwidth=self._reached(self.machine.inside.bandwidth))
+        inside = self.machine.inside
+        inside = replace(inside, bandwidth=self._reached(inside.bandwidth))
         nodes = math.ceil(gpus / self.machine.gpus)
         seconds = ring(n_bytes, min(gpus, self.machine.gpus), inside)
         if nodes > 1:
@@ -253,7 +254,7 @@ def trace(config: RunConfig, resolution: int, n_classes: int, workers: int) -> T
         FakeTensorMode(),
         # Torch refuses to move parameters without data, even to where they are.
         mock.patch.object(nn.Module, "to", lambda module, *_args, **_kwargs: module),
-        mock.patch("biggan.layers._world_size", lambda: workers),
+        mock.patch("biggan.layers._world_size", return_value=workers),
         mock.patch("torch.distributed.all_reduce", reduce),
     ):
         warnings.simplefilter("ignore")
@@ -319,9 +320,9 @@ def play(
             send(SYNC, (reduce_norm or reduce)(event.n_bytes))
             now = free[SYNC]
             continue
-        waiting += event.n_bytes * way.gradient_bytes
+        waiting += event.n_bytes
         if waiting and (waiting >= limit or event.kind == UPDATE):
-            send(GRADIENT, reduce(waiting))
+            send(GRADIENT, reduce(waiting * way.gradient_bytes))
             waiting, limit = 0.0, next(cap, limit)
         if event.kind == UPDATE:
             cap = iter(BUCKETS)
@@ -462,7 +463,7 @@ def fraction_of(seconds: float, trace: Trace, given: Assumptions) -> float:
 
 
 def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """alpha and seconds a byte of all-reduces, by least squares of relative errors."""
+    """Alpha and seconds a byte of all-reduces, by least squares of relative errors."""
     weight = 1 / np.asarray(seconds)
     columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], 1) * weight[:, None]
     alpha, beta = np.linalg.lstsq(columns, np.ones(len(sizes)), rcond=None)[0]
@@ -603,8 +604,8 @@ def report(figures: dict[str, Any], work: Work, workers: int) -> dict[str, Any]:
     }
     found = trace(work.config, work.resolution, work.n_classes, workers)
     images = found.images
-    print(f"1 worker {images / alone:.1f} images/s, {workers} at once"
-          f" {workers * images / at_once:.1f}, together {workers * images / together:.1f}")  # fmt: skip
+    rates = (images / alone, workers * images / at_once, workers * images / together)
+    print("1 worker {:.1f} images/s, at once {:.1f}, together {:.1f}".format(*rates))
     for name, ratios in paired.items():
         print(f"{name}: {statistics.median(ratios):.3f}"
               f" ({min(ratios):.3f} to {max(ratios):.3f} by round)")  # fmt: skip
@@ -673,9 +674,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                            " D steps and precision: seconds a step at a batch of so many images;"
                            " repeatable; in the place of --fraction")  # fmt: skip
     modelling.add_argument("--micro-batch", type=positive, default=128,
-                           help="ASSUMED largest that fits in a GPU; larger batches accumulate")  # fmt: skip
+                           help="ASSUMED largest that fits in a GPU; larger batches"
+                           " accumulate")  # fmt: skip
     modelling.add_argument("--kernel-microseconds", type=float, default=5.0,
-                           help="ASSUMED time of the host to start a kernel; 0: CUDA graphs")  # fmt: skip
+                           help="ASSUMED time of the host to start a kernel; 0: CUDA"
+                           " graphs")  # fmt: skip
     modelling.add_argument("--storage", type=float, default=25.0, metavar="GBIT",
                            help="ASSUMED Gb/s at which a node reads images")  # fmt: skip
     modelling.add_argument("--dollars", type=float,
@@ -740,7 +743,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         mark = "h" if row.host_bound else " "
         print(f"{row.gpus:5}{share:>14}{row.compute * 1e3:7.1f} ms{mark}{row.exposed * 1e3:6.1f} ms"
               f"{row.step * 1e3:7.1f} ms{row.images_per_second:10,.0f}{row.efficiency:12.0%}"
-              f"{row.hours:8.1f}{f'${row.dollars:,.0f}':>12}{f'${row.dollars_spot:,.0f}':>11}")  # fmt: skip
+              f"{row.hours:8.1f}{f'${row.dollars:,.0f}':>12}"
+              f"{f'${row.dollars_spot:,.0f}':>11}")  # fmt: skip
     if any(row.host_bound for row in rows):
         print("h: the host starts kernels more slowly than the GPU runs them")
     fine = [row for row in rows if row.efficiency >= LEAST_EFFICIENCY]
@@ -838,9 +842,11 @@ def run_model(args: argparse.Namespace) -> None:
         print(f"{network:5} Gb/s" + "".join(f"{row.efficiency:7.0%}" for row in line))
     most = max(args.gpus)
     changed = levers(model, given, most, args.spot)
-    print(f"\nat {most} GPUs, with one thing changed{'waiting':>12}{'step':>12}{'efficiency':>12}")
+    print(f"\n{f'at {most} GPUs, with one thing changed':42}{'waiting':>9}{'step':>12}"
+          f"{'efficiency':>12}")  # fmt: skip
     for name, row in changed.items():
-        print(f"{name:42}{row.exposed * 1e3:6.1f} ms{row.step * 1e3:9.1f} ms{row.efficiency:12.0%}")
+        print(f"{name:42}{row.exposed * 1e3:6.1f} ms{row.step * 1e3:9.1f} ms"
+              f"{row.efficiency:12.0%}")  # fmt: skip
     if args.plot:
         title = f"{args.preset} on {args.machine}: a model, its compute " + (
             "measured" if args.step_seconds else f"ASSUMED {args.fraction:.0%} of peak"
