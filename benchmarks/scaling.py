@@ -44,6 +44,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from machine import BenchmarkError, FlopCounter, describe, synchronize
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from train_step import positive, prepare, work_flags
@@ -589,6 +591,13 @@ def measure(work: Work, workers: int, *, threads: int, rounds: int, steps: int) 
     }
 
 
+def say_traffic(found: Trace) -> None:
+    """What a worker's step sends."""
+    norms, gradients = found.total(SYNC), found.total(GRADIENT)
+    print(f"counted, a step: {norms[0]} reductions of batch norm, {norms[1]:,} bytes; gradients of"
+          f" {gradients[0]} tensors, {gradients[1]:,} bytes")  # fmt: skip
+
+
 def report(figures: dict[str, Any], work: Work, workers: int) -> dict[str, Any]:
     """Print what was measured beside what the model says; both."""
     seconds = figures["seconds"]
@@ -610,9 +619,7 @@ def report(figures: dict[str, Any], work: Work, workers: int) -> dict[str, Any]:
         print(f"{name}: {statistics.median(ratios):.3f}"
               f" ({min(ratios):.3f} to {max(ratios):.3f} by round)")  # fmt: skip
     print(f"all-reduce of B bytes: {alpha * 1e6:.0f} us + B / {1 / beta / 1e9:.2f} GB/s")
-    for kind in (SYNC, GRADIENT):
-        count, n_bytes = found.total(kind)
-        print(f"{kind}: {count} a step, {n_bytes:,} bytes")
+    say_traffic(found)
     predicted = {}
     for name, compute in (("alone", alone), ("at once", at_once)):
         for overlap in (False, True):
@@ -720,9 +727,7 @@ def heading(args: argparse.Namespace, given: Assumptions, model: Model) -> None:
           f" {given.cluster.network:g} Gb/s between nodes, {args.precision}")  # fmt: skip
     print(f"counted, a worker's step at {images} images: {one.flops / 1e12:.2f} TFLOP,"
           f" {one.kernels:,} kernels")  # fmt: skip
-    for kind, what in ((SYNC, "batch norm's reductions"), (GRADIENT, "gradients")):
-        count, n_bytes = one.total(kind)
-        print(f"counted, {what}: {count:,} a step, {n_bytes:,} bytes")
+    say_traffic(one)
     shares = ", ".join(f"{share:.1%} at {batch:g} images" for batch, share in given.fraction)
     if args.step_seconds:
         print(f"MEASURED: a GPU sustains {shares} of its peak")
@@ -741,10 +746,11 @@ def print_rows(rows: Sequence[Row]) -> None:
     for row in rows:
         share = f"{row.batch}" if row.accumulation == 1 else f"{row.batch} in {row.accumulation}"
         mark = "h" if row.host_bound else " "
-        print(f"{row.gpus:5}{share:>14}{row.compute * 1e3:7.1f} ms{mark}{row.exposed * 1e3:6.1f} ms"
-              f"{row.step * 1e3:7.1f} ms{row.images_per_second:10,.0f}{row.efficiency:12.0%}"
-              f"{row.hours:8.1f}{f'${row.dollars:,.0f}':>12}"
-              f"{f'${row.dollars_spot:,.0f}':>11}")  # fmt: skip
+        compute, exposed, step = (1e3 * s for s in (row.compute, row.exposed, row.step))
+        dollars, spot = (f"${price:,.0f}" for price in (row.dollars, row.dollars_spot))
+        print(f"{row.gpus:5}{share:>14}{compute:7.1f} ms{mark}{exposed:6.1f} ms{step:7.1f} ms"
+              f"{row.images_per_second:10,.0f}{row.efficiency:12.0%}{row.hours:8.1f}"
+              f"{dollars:>12}{spot:>11}")  # fmt: skip
     if any(row.host_bound for row in rows):
         print("h: the host starts kernels more slowly than the GPU runs them")
     fine = [row for row in rows if row.efficiency >= LEAST_EFFICIENCY]
@@ -789,9 +795,6 @@ def levers(model: Model, given: Assumptions, gpus: int, spot: float) -> dict[str
 
 def plot(path: Path, by_network: Mapping[float, Sequence[Row]], title: str) -> None:
     """Efficiency and hours over GPUs, a line a network."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for network, rows in by_network.items():
