@@ -742,7 +742,8 @@ def heading(args: argparse.Namespace, given: Assumptions, model: Model) -> None:
 
 def print_rows(rows: Sequence[Row]) -> None:
     print(f"\n{'GPUs':>5}{'images a GPU':>14}{'compute':>10}{'waiting':>10}{'step':>10}"
-          f"{'images/s':>10}{'efficiency':>12}{'hours':>8}{'on demand':>12}{'spot':>11}")  # fmt: skip
+          f"{'images/s':>10}{'efficiency':>12}{'hours':>8}{'on demand':>12}"
+          f"{'spot':>11}")  # fmt: skip
     for row in rows:
         share = f"{row.batch}" if row.accumulation == 1 else f"{row.batch} in {row.accumulation}"
         mark = "h" if row.host_bound else " "

@@ -46,6 +46,8 @@ os.environ.update(  # Ray reads these when it is imported.
     RAY_AUTH_TOKEN_PATH=str(SESSION / "token"),
     RAY_enable_worker_prestart="0",  # A process a trial, and none in stock.
     RAY_prestart_worker_first_driver="0",
+    # Each node's agent looks at every process of the machine, which is all nodes' here.
+    REPORTER_UPDATE_INTERVAL_MS="60000",
     OMP_NUM_THREADS="1",
 )
 
@@ -190,6 +192,22 @@ class Watch(threading.Thread):
         row["state"] = max(states, default=0)
         row["trials"] = sum(1 for _ in self.state.glob("trial_*"))
         self.rows.append(row)
+
+
+def idle_cores(seconds: float) -> float:
+    """Cores that the cluster takes with nothing to do."""
+
+    def taken() -> float:
+        total = 0.0
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    before = taken()
+    time.sleep(seconds)
+    return (taken() - before) / seconds
 
 
 def by_role() -> dict[str, tuple[int, float]]:
@@ -356,10 +374,11 @@ def main(argv: Sequence[str]) -> None:
     with cluster(args.nodes, reserve):
         started = time.perf_counter() - begin
         nodes = sum(node["Alive"] for node in ray.nodes()) - 1
-        time.sleep(min(10, nodes))  # Agents that are still starting.
+        time.sleep(min(20, nodes))  # Agents that are still starting.
+        idle = idle_cores(min(20, nodes))
         took = before - available()
-        print(f"{nodes} nodes in {started:.0f} s, {took / GIB:.1f} GiB:"
-              f" {took / MIB / (nodes + 1):.0f} MiB a node", flush=True)  # fmt: skip
+        print(f"{nodes} nodes in {started:.0f} s, {took / GIB:.1f} GiB,"
+              f" {idle:.2f} cores while idle", flush=True)  # fmt: skip
         roles = by_role()
         for name, (count, pss) in sorted(roles.items()):
             print(f"  {count:4} {name}: {pss / MIB:.0f} MiB, {pss / MIB / count:.0f} each")
@@ -369,6 +388,7 @@ def main(argv: Sequence[str]) -> None:
         print_report(figures)
     if args.json:
         figures |= {"nodes": nodes, "start_seconds": started, "bytes_of_nodes": took}
+        figures |= {"idle_cores": idle}
         figures |= {"processes": roles, "ray": ray.__version__}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
