@@ -46,6 +46,11 @@ def test_doubling_sends_the_fewest_messages():
     assert scaling.doubling(1000, 9, SLOW) == pytest.approx(4 * (10e-6 + 80e-9))
 
 
+def test_halving_moves_what_a_ring_does_in_fewer_messages():
+    # 2 x 3 messages for the ring's 14.
+    assert scaling.halving(1 * GB, 8, SLOW) == pytest.approx(0.14 + 60e-6)
+
+
 def test_all_reduce_goes_through_nodes():
     # In one node: 14/8 GB over 400 GB/s and 14 messages.
     inside = 1.75 / 400 + 14e-6
@@ -54,9 +59,11 @@ def test_all_reduce_goes_through_nodes():
     # for its one.
     network = scaling.NETWORK
     assert CLUSTER.all_reduce(1 * GB, 16) == pytest.approx(inside + 0.08 + network)
-    # 64 nodes: 126 messages against 6, for little to send.
+    # 64 nodes: 126 messages in a ring, or 12, or 6, which is best for little to send.
     small = CLUSTER.all_reduce(1000, 512)
     assert small == pytest.approx(14e-6 + 1.75 * 1000 / 400e9 + 6 * (network + 80e-9))
+    large = CLUSTER.all_reduce(1 * GB, 512)
+    assert large == pytest.approx(inside + 2 * 63 / 64 * 0.08 + 12 * network)
     half = Cluster(MACHINE, network=100, link_share=0.5)
     assert half.all_reduce(1 * GB, 8) == pytest.approx(2 * 1.75 / 400 + 14e-6)
 
