@@ -11,6 +11,7 @@ place was taken, less the trial's own), memory and processor time of what a head
 dashboard, driver) as trials go by, the size of Tune's state, and where the driver's time goes.
 
 A node takes about 130 MiB, a trial as much again: nodes are added until `--reserve` GiB are left.
+More than ten nodes a core keep the machine from all else: run it where nobody else works.
 Ray of others on the machine is left alone: session, token and address file are in a folder of its
 own. All processes here share the cores, which bounds trials a second long before a real head does;
 the head's processor time a trial is what carries over.
@@ -36,6 +37,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 SESSION = Path(tempfile.mkdtemp(prefix="sim"))  # Short: sockets lie in it.
@@ -62,10 +64,11 @@ from rich.console import Console
 from train_step import positive
 
 from biggan import presets, search
+from biggan.config import RunConfig
 from biggan.errors import UserError
 from biggan.search import Search, default_space
 from biggan.storage import Folder
-from biggan.trials import LiveTable, summarize
+from biggan.trials import LiveTable, SweepResult, summarize, trial_folder
 
 OBJECT_STORE = 80 * 2**20
 """Bytes of shared memory a node; Ray wants no less than 75 MiB."""
@@ -192,6 +195,12 @@ class Watch(threading.Thread):
         row["state"] = max(states, default=0)
         row["trials"] = sum(1 for _ in self.state.glob("trial_*"))
         self.rows.append(row)
+        if len(self.rows) % 12 == 0 and sys.__stdout__:  # Now and then; others may be silenced.
+            head = ", ".join(f"{name} {row[name] / MIB:.0f} MiB" for name in HEAD)
+            cpu = ", ".join(f"{name} {row[f'{name} cpu']:.0f} s" for name in HEAD)
+            seconds = row["at"] - self.rows[0]["at"]
+            text = f"{seconds:.0f} s: {row['trials']} trials begun; {head}; cpu {cpu}"
+            print(f"{text}; state {row['state'] / 1024:.0f} KiB", file=sys.__stdout__, flush=True)
 
 
 def idle_cores(seconds: float) -> float:
@@ -279,15 +288,8 @@ def sweep(args: argparse.Namespace, concurrent: int) -> dict[str, Any]:
     watch.stop()
     if failed := grid.num_errors:
         raise BenchmarkError(f"{failed} of {args.trials} trials failed: {grid.errors[0]}")
-    table = LiveTable(list(space), config, args.trials)
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    begin = time.perf_counter()
-    console.print(table._table(grid._experiment_analysis.trials))
-    drawing = time.perf_counter() - begin
-    begin = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        outcome = summarize(folder, config, list(space), grid, lambda _trial: None)
-    summary = time.perf_counter() - begin
+    drawing = draw(grid._experiment_analysis.trials, config)
+    summary, outcome = sum_up(folder, config, grid)
     own = [result.metrics["own_seconds"] for result in grid]
     first, last = watch.rows[0], watch.rows[-1]
     return {
@@ -310,6 +312,47 @@ def sweep(args: argparse.Namespace, concurrent: int) -> dict[str, Any]:
         "lines_printed": said.getvalue().count("\n"),
         "rows": watch.rows,
     }
+
+
+def draw(trials: Sequence[Any], config: RunConfig) -> float:
+    """Seconds in which the live table is drawn once."""
+    table = LiveTable(list(default_space(config)), config, len(trials))
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    begin = time.perf_counter()
+    console.print(table._table(list(trials)))
+    return time.perf_counter() - begin
+
+
+def sum_up(folder: Folder, config: RunConfig, grid: Any) -> tuple[float, SweepResult]:
+    """Seconds in which the sweep's tables and plots are made, and what is in them."""
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        outcome = summarize(folder, config, list(default_space(config)), grid, lambda _trial: None)
+    return time.perf_counter() - begin, outcome
+
+
+def tables(trials: int, reports: int) -> dict[str, float]:
+    """What so many trials cost our own tables: no cluster, only what trials would leave behind."""
+    config = presets.get("laptop").override({"total_kimg": 9})
+    space = default_space(config)
+    folder = Folder(str(SESSION / "sweeps" / "stub"))
+    ended = []
+    for k in range(trials):
+        trial_id = f"stub_{k:05d}"
+        run = Path(folder.path, trial_folder(trial_id))
+        run.mkdir(parents=True)
+        rows = [{"step": i, "kimg": 9 * i / reports, "fid": 10 + (k + 1) / i}
+                for i in range(1, reports + 1)]  # fmt: skip
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        last = rows[-1] | {"trial_id": trial_id, "best_fid": rows[-1]["fid"]}
+        last["stop_reason"] = "finished"
+        values = {name: domain.sample() for name, domain in space.items()}
+        ended.append(
+            SimpleNamespace(trial_id=trial_id, status="TERMINATED", is_finished=lambda: True,
+                            last_result=last, metrics=last, config=values, error=None)
+        )  # fmt: skip
+    drawing, (summary, _) = draw(ended, config), sum_up(folder, config, ended)
+    return {"trials": trials, "table_seconds": drawing, "summarize_seconds": summary}
 
 
 def overhead(wall: float, concurrent: int, own: Sequence[float]) -> float:
@@ -345,7 +388,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         " simulated, a raylet each, and trials sleep.",
         epilog="example: python benchmarks/simulated_cluster.py --nodes 20 --trials 100",
     )
-    parser.add_argument("--nodes", type=positive, default=100, help="of one core each")
+    parser.add_argument("--nodes", type=int, default=100,
+                        help="of one core each; 0: no cluster, only our tables of so many"
+                        " trials")  # fmt: skip
     parser.add_argument("--trials", type=positive, default=500)
     parser.add_argument("--seconds", type=float, default=2.0, help="that a trial sleeps")
     parser.add_argument("--reports", type=positive, default=9, help="of FID, a trial")
@@ -363,6 +408,13 @@ TRIAL_BYTES = 160 * MIB
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
+    if not args.nodes:
+        figures = tables(args.trials, args.reports)
+        print(f"{args.trials} trials: one drawing of the live table {figures['table_seconds']:.2f}"
+              f" s, summarize {figures['summarize_seconds']:.1f} s")  # fmt: skip
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        return
     reserve = int(args.reserve * GIB)
     if available() < reserve + 2 * GIB:
         raise BenchmarkError(
