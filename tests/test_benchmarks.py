@@ -149,7 +149,7 @@ def test_scaling_measures_what_it_models(tmp_path):
     alone, together = (figures["seconds"][way][0] for way in ("alone", "together"))
     assert figures["ratios"]["efficiency"] == [pytest.approx(alone / together)]
     assert figures["images_per_second"] == pytest.approx([2 / alone, 4 / together])
-    assert "measured" in run.stdout.splitlines()[-1]
+    assert "measured together" in run.stdout.splitlines()[-1]
 
 
 def test_scaling_says_what_it_assumes(tmp_path):
