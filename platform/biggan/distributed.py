@@ -19,6 +19,7 @@ import torch
 from ray.train import (
     CheckpointConfig,
     CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     LoggingConfig,
     ScalingConfig,
@@ -224,9 +225,10 @@ def fit(
         except TrainingFailedError as error:
             if user_error := cause(error, UserError):
                 raise user_error from None
+            if isinstance(error, ControllerError) and cause(error, OSError):
+                _wait_for_storage(run)  # It was refused Ray Train's own file in the run's folder.
             failures = 0 if _newest_step(run) > before else failures + 1
-            # Ray Train has restarted workers often enough, but not what leads them: whose own
-            # files in storage may have been refused.
+            # Workers have had their restarts by now; what leads them has had none.
             if failures > (0 if isinstance(error, WorkerGroupError) else scaling.max_failures):
                 raise
             print_line(f"{run.name}: {str(error).splitlines()[-1]}; going on all the same")
@@ -255,6 +257,11 @@ def _trainer(
         run_config=ray_run_config(config, run, scaling.max_failures, callbacks),
         validation_config=_validation(config, dataset, run, scaling),
     )
+
+
+def _wait_for_storage(run: Folder) -> None:
+    run.write_bytes("probe", b"")
+    run.delete_file("probe")
 
 
 def _newest_step(run: Folder) -> int:
@@ -335,7 +342,7 @@ def evaluate_checkpoint(
     Ray Train ranks checkpoints by.
     """
     torch.set_num_threads(1)  # The core that it was given.
-    home, device = Folder(run), own_device()
+    home, device = Folder(run, training_patience()), own_device()
     candidate = load_checkpoint(home / checkpoint.path.rstrip("/").rsplit("/", 1)[-1], device)
     config, G, kimg = candidate.record.config, candidate.G, candidate.info.images_seen / 1000
     fid = measure(

@@ -33,7 +33,7 @@ from biggan.metrics.protocol import differences
 from biggan.metrics.report import Evaluation
 from biggan.parallel import Workers
 from biggan.runs import best_checkpoint, open_run
-from biggan.storage import Folder, locate
+from biggan.storage import Folder, locate, training_patience
 from biggan.trials import LiveTable, SweepResult, summarize, trial_folder
 
 Space = Mapping[str, Domain | str]
@@ -316,7 +316,8 @@ def _begin_trial(
     config: RunConfig, info: DatasetInfo, folder: Folder, values: dict[str, Any]
 ) -> tuple[Folder, RunConfig]:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # It announces every checkpoint.
-    run = folder / trial_folder(tune.get_context().get_trial_id())
+    patient = Folder(folder.uri, training_patience())
+    run = patient / trial_folder(tune.get_context().get_trial_id())
     return run, open_run(run, config.override(values), info)
 
 

@@ -51,6 +51,12 @@ def wait_for_step(run: Folder, step: int, timeout: float = 120) -> int:
     return newest(run)
 
 
+def resumed_at(said: str) -> list[int]:
+    """The steps at which a command's workers took a run up."""
+    lines = [line for line in said.splitlines() if "resuming at" in line]
+    return [round(float(line.split("resuming at ")[1].split()[0]) * 1000 / 32) for line in lines]
+
+
 def assert_same_end(run: Folder, undisturbed: Folder) -> None:
     """The same weights, moments and rows, bit for bit."""
     ours, theirs = (

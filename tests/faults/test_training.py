@@ -6,18 +6,12 @@ import time
 
 import psutil
 import pytest
-from faults.disturbed import EVERY, assert_same_end, newest, train, wait_for_step
+from faults.disturbed import EVERY, assert_same_end, newest, resumed_at, train, wait_for_step
 
 from biggan.runs import read_metrics
 from biggan.storage import locate
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
-
-
-def resumed_at(said: str) -> list[int]:
-    """The steps at which a command's workers took a run up."""
-    lines = [line for line in said.splitlines() if "resuming at" in line]
-    return [round(float(line.split("resuming at ")[1].split()[0]) * 1000 / 32) for line in lines]
 
 
 def workers() -> list[psutil.Process]:
