@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test lint format clean
+.PHONY: help install quickstart serve test test-cluster lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ serve: install  ## serve MODEL (digits@best) on PORT (8000) of this machine
 
 test: install lint  ## lint, format check, types, and all tests
 	$(BIN)/python -m pytest
+
+test-cluster: install  ## the whole path and its troubles, on three hosts of this machine, as root
+	$(BIN)/python -m pytest -n 0 tests/cluster
 
 lint: install  ## lint, format check and types
 	$(BIN)/ruff check
