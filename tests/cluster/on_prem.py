@@ -19,7 +19,7 @@ from conftest import ROOT
 from biggan.storage import StorageError
 
 RAY = Path(sys.executable).with_name("ray")
-PATIENCE = 300
+PATIENCE = 600
 """Seconds that what is bound to come may take, on two cores that everything shares."""
 
 
@@ -44,6 +44,11 @@ class OnPrem:
     head: Host
     workers: list[Host]
     dashboard: str
+
+    @property
+    def hosts(self) -> list[Host]:
+        """All of them."""
+        return [self.head, *self.workers]
 
     @property
     def file(self) -> Path:
@@ -97,7 +102,7 @@ class OnPrem:
     def up(self) -> None:
         """`ray up`, and wait until all hosts have joined."""
         self.ray(f"up {self.file} --yes --no-config-cache")
-        self.wait_for(self.head, *self.workers)
+        self.wait_for(*self.hosts)
 
     def wait_for(self, *hosts: Host) -> None:
         """Wait until the cluster is these hosts."""
@@ -112,18 +117,26 @@ class OnPrem:
         query = [("detail", "1")]
         for key, value in filters.items():
             query += [("filter_keys", key), ("filter_predicates", "="), ("filter_values", value)]
-        answer = requests.get(
-            f"{self.dashboard}/api/v0/{kind}",
-            params=query,
-            headers={"Authorization": f"Bearer {self.token}"},
-            timeout=30,
-        )
-        answer.raise_for_status()
-        rows: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+        rows: list[dict[str, Any]] = self._get(f"v0/{kind}", query)["data"]["result"]["result"]
         return rows
+
+    def _get(self, path: str, query: list[tuple[str, str]] | None = None) -> Any:
+        bearer = {"Authorization": f"Bearer {self.token}"}
+        url = f"{self.dashboard}/api/{path}"
+        answer = requests.get(url, params=query, headers=bearer, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
 
     def submit(self, command: str, *flags: str, status: int = 0, **environment: str) -> str:
         """Submit a command as the README has it; what was printed."""
         submitted = "job submit --working-dir . --runtime-env jobs/runtime_env.yaml"
         python = ["--", "python", *command.split()]
         return self.ray(submitted, *flags, *python, status=status, **environment)
+
+    def status(self, job: str) -> str:
+        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        return str(self._get(f"jobs/{job}")["status"])
+
+    def log(self, job: str) -> str:
+        """What a job has printed so far."""
+        return str(self._get(f"jobs/{job}/logs")["logs"])
