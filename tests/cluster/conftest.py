@@ -63,3 +63,9 @@ def on_prem(network, exports, tmp_path_factory):
     finally:
         tunnel.kill()
         tunnel.wait()
+
+
+@pytest.fixture(scope="session")
+def digits(on_prem):
+    """The digits prepared by a submitted job; what it printed."""
+    return on_prem.submit("jobs/prepare.py --source digits")

@@ -11,11 +11,10 @@ FLAGS = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.i
 
 
 @pytest.fixture(scope="module")
-def printed(on_prem):
+def printed(on_prem, digits):
     """What was printed by the commands of the whole path, submitted in turn."""
     train = f"jobs/train.py --name two {FLAGS} --scaling.workers 2"
     commands = {
-        "prepare": "jobs/prepare.py --source digits",
         "train": f"{train} --scaling.cpus-per-worker 2",  # A host's three have room for one.
         "sweep": f"jobs/sweep.py --name few {FLAGS} --num-trials 3",
         "promote": "jobs/promote.py --sweep few",
@@ -25,8 +24,8 @@ def printed(on_prem):
     on_prem.head.run("serve shutdown --yes")
 
 
-def test_two_workers_train_on_two_hosts(on_prem, printed):
-    assert "prepared 1,797/1,797 images" in printed["prepare"]
+def test_two_workers_train_on_two_hosts(on_prem, digits, printed):
+    assert "prepared 1,797/1,797 images" in digits
     assert "best checkpoint: s3://bucket/biggan/runs/two/checkpoint_" in printed["train"]
     nodes = on_prem.alive()
     workers = on_prem.state("actors", class_name="RayTrainWorker")

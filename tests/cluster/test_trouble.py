@@ -14,7 +14,7 @@ from biggan.journal import ROW_EVERY_KIMG
 from biggan.runs import checkpoints, read_metrics
 from biggan.storage import locate
 
-LONG = TINY | {"total_kimg": 8.192, "eval.every_kimg": 2.048, "checkpoint.every_kimg": 0.256}
+LONG = TINY | {"total_kimg": 2.048, "eval.every_kimg": 0.512}
 FLAGS = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in LONG.items())
 CONFIG = RunConfig().override(LONG)
 
@@ -39,7 +39,7 @@ class Training:
         [address, *_] = re.findall(r"ip=(\S+?)\)\S* .*kimg on ", self.on_prem.log(self.job))[-1:]
         return next(host for host in self.on_prem.workers if host.address == address)
 
-    def underway(self, step=24):
+    def underway(self, step=12):
         until(lambda: self.newest >= step)
         return self
 
@@ -72,7 +72,7 @@ def assert_whole(run, config=CONFIG):
     assert max(info.step for info in saved.values()) == steps[-1]
 
 
-def test_a_network_that_is_away_for_half_a_minute(on_prem):
+def test_a_network_that_is_away_for_half_a_minute(on_prem, digits):
     training = Training(on_prem, "partition").underway()
     host = training.main_host()
     host.partition()
@@ -82,7 +82,7 @@ def test_a_network_that_is_away_for_half_a_minute(on_prem):
     on_prem.wait_for(*on_prem.hosts)
 
 
-def test_a_host_dies_and_is_replaced(on_prem):
+def test_a_host_dies_and_is_replaced(on_prem, digits):
     training = Training(on_prem, "death").underway()
     host, before = training.main_host(), training.newest
     host.kill()
@@ -92,7 +92,7 @@ def test_a_host_dies_and_is_replaced(on_prem):
     on_prem.wait_for(*on_prem.hosts)
 
 
-def test_the_head_dies_and_is_replaced(on_prem):
+def test_the_head_dies_and_is_replaced(on_prem, digits):
     training = Training(on_prem, "beheaded").underway()
     before = training.newest
     on_prem.head.kill()
