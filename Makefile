@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve token test test-faults soak lint format clean
+.PHONY: help install quickstart serve token test test-faults test-cluster soak lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,8 @@ test-faults: install  ## training whose machines, processes and storage fail (ab
 
 soak: install  ## an hour of training with a fault every two minutes
 	PYTHONPATH=tests $(BIN)/python -m faults.soak
+test-cluster: install  ## the whole path and its troubles, on three hosts of this machine, as root
+	$(BIN)/python -m pytest -n 0 tests/cluster
 
 lint: install  ## lint, format check and types
 	$(BIN)/ruff check
