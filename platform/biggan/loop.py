@@ -46,6 +46,7 @@ from biggan.pixels import sheet
 from biggan.runs import (
     bring_in_unsaved,
     checkpoints,
+    delete_unfinished,
     good_checkpoint,
     latest_checkpoint,
     read_rollbacks,
@@ -218,6 +219,7 @@ class TrainingLoop:
         latest = None
         if self.workers.is_main:
             bring_in_unsaved(self.run_folder)
+            delete_unfinished(self.run_folder)
             latest = latest_checkpoint(self.run_folder)
         name = self.workers.agree(latest.name if latest else "")
         return self.run_folder / name if name else None

@@ -168,8 +168,8 @@ def good_checkpoint(folder: Folder, before_step: int) -> str:
 def latest_checkpoint(folder: Folder) -> Folder | None:
     """A run's newest undamaged checkpoint, to resume from; None if there is none."""
     for name in sorted(set(folder.children()) - set(checkpoints(folder))):
-        if name.startswith("checkpoint_"):
-            logger.warning("%s was not written to its end; it is not used", folder / name)
+        if name.startswith("checkpoint_") and (folder / name).is_folder():
+            logger.warning("%s is not whole; it is not used", folder / name)
     for name in reversed(_on_course(folder)):
         if is_undamaged(folder / name):
             return folder / name
@@ -181,6 +181,15 @@ def unsaved(folder: Folder) -> Folder:
     """Where this machine keeps the state of a run that its storage refused to take."""
     place = hashlib.sha256(folder.uri.encode()).hexdigest()[:8]
     return Folder(str(cache_folder() / "unsaved" / f"{folder.name}-{place}"))
+
+
+def delete_unfinished(folder: Folder) -> None:
+    """Delete what an interrupted writer left of checkpoints that it did not come to describe."""
+    for name in folder.children():
+        draft = folder / name
+        if name.startswith("checkpoint_") and draft.is_folder() and not draft.exists(DESCRIPTION):
+            logger.warning("%s was not written to its end; it is deleted", draft)
+            draft.delete()
 
 
 def bring_in_unsaved(folder: Folder) -> None:

@@ -71,7 +71,6 @@ def test_training_waits_for_storage(machines, undisturbed, storage, tmp_path, st
         time.sleep(SECONDS)
         s3.state = "open"
         said = command.wait()
-        assert "trying again" in said
         # Where Ray's own file is the first to be refused, workers are begun anew.
         assert all(step >= before for step in resumed_at(said))
         assert_same_end(run, undisturbed)
