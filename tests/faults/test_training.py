@@ -93,7 +93,7 @@ def test_the_second_of_a_name_is_told_of_the_first(machines):
     assert f"is being trained by another command (process {first.process.pid} of " in said
     assert re.search(r"since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d", said)
     assert "or use another --name" in said
-    first.kill()
+    first.wait()
 
 
 def test_elastic_workers_go_from_two_to_one_and_back(machines, undisturbed):
