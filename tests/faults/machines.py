@@ -5,6 +5,7 @@ Every node is a `ray start --block` of its own, with all the processes that it s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -116,6 +117,16 @@ class Machines:
     def terminate(self, name: str) -> None:
         """SIGTERM to a node, as a machine gets it that is shut down."""
         self.nodes[name].send_signal(signal.SIGTERM)
+
+    def workers(self) -> list[psutil.Process]:
+        """The workers of Ray Train on the nodes."""
+        processes = [p for node in self.nodes.values() for p in tree(node.pid)]
+        named = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" in process.name():
+                    named.append(process)
+        return named
 
     def begin(self, *command: str, **env: str) -> Command:
         """Run a command of jobs/, as a process of its own, on this cluster."""

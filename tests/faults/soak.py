@@ -22,18 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from faults.disturbed import EVERY, newest, steps_as_kimg, train, wait_for_step
 from faults.machines import Command, Machines
 
 from biggan.checkpoint import STATE
 from biggan.runs import checkpoints, is_undamaged, read_metrics
 from biggan.storage import Folder, locate
-
-
-def workers() -> list[psutil.Process]:
-    """The workers of Ray Train on this machine."""
-    return [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in (p.info["name"] or "")]
 
 
 @dataclass
@@ -75,16 +69,16 @@ class Soak:
         total = str(steps_as_kimg(self.steps))
         train(self.machines, self.run.name, "--total-kimg", total).wait(timeout=600)
         check_whole(self.run, self.steps)
-        assert not workers(), "workers are left behind"
+        assert not self.machines.workers(), "workers are left behind"
 
     def worker_dies(self) -> None:
         """SIGKILL to a worker in mid-step."""
-        if alive := workers():
+        if alive := self.machines.workers():
             self.random.choice(alive).kill()
 
     def worker_hangs(self) -> None:
         """A worker stands still for ten seconds."""
-        if alive := workers():
+        if alive := self.machines.workers():
             stopped = self.random.choice(alive)
             stopped.suspend()
             time.sleep(10)

@@ -4,7 +4,6 @@ import json
 import re
 import time
 
-import psutil
 import pytest
 from faults.disturbed import EVERY, assert_same_end, newest, resumed_at, train, wait_for_step
 
@@ -14,15 +13,11 @@ from biggan.storage import locate
 pytestmark = pytest.mark.usefixtures("undisturbed")
 
 
-def workers() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in (p.info["name"] or "")]
-
-
 def test_a_worker_that_dies_costs_at_most_a_checkpoint_interval(machines, undisturbed):
     run, command = locate("runs", "worker"), train(machines, "worker")
     wait_for_step(run, 100)
     before = newest(run)
-    workers()[-1].kill()
+    machines.workers()[-1].kill()
     said = command.wait()
     [at] = resumed_at(said)
     assert before <= at <= before + EVERY
@@ -35,11 +30,11 @@ def test_a_driver_that_is_killed_leaves_no_workers_and_no_lock(machines, undistu
     command.kill()
     begin = time.monotonic()
     again = train(machines, "driver")
-    while workers() and time.monotonic() - begin < 5:
+    while machines.workers() and time.monotonic() - begin < 5:
         time.sleep(0.1)
     again.wait()
     assert_same_end(run, undisturbed)
-    assert not workers()
+    assert not machines.workers()
 
 
 def test_a_drained_node_is_left_with_a_checkpoint(machines, undisturbed):
