@@ -179,7 +179,13 @@ def digits(cluster, storage):
 
 
 def train_here(
-    config: RunConfig, run: Folder, dataset: Dataset, stop_after: int = 0, say=None, stream=None
+    config: RunConfig,
+    run: Folder,
+    dataset: Dataset,
+    stop_after: int = 0,
+    say=None,
+    stream=None,
+    must_leave=lambda: False,
 ) -> str:
     """Train in this process, resuming from the run's latest checkpoint; no Ray.
 
@@ -196,7 +202,9 @@ def train_here(
             raise InterruptedError
 
     alone = Workers(0, 1, CPU)
-    loop = TrainingLoop(config, dataset, run, alone, report, say=say, stream=stream)
+    loop = TrainingLoop(
+        config, dataset, run, alone, report, say=say, stream=stream, must_leave=must_leave
+    )
     return loop.run()
 
 
