@@ -4,11 +4,25 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
-from faults.disturbed import EVERY, assert_same_end, newest, resumed_at, train, wait_for_step
+from conftest import train_here
+from faults.disturbed import (
+    EVERY,
+    RUN,
+    STEPS,
+    assert_same_end,
+    newest,
+    resumed_at,
+    steps_as_kimg,
+    train,
+    wait_for_step,
+)
 
+from biggan.config import RunConfig
+from biggan.data.dataset import Dataset
 from biggan.runs import read_metrics
-from biggan.storage import locate
+from biggan.storage import Folder, locate
 
 pytestmark = pytest.mark.usefixtures("undisturbed")
 
@@ -91,20 +105,35 @@ def test_the_second_of_a_name_is_told_of_the_first(machines):
     first.wait()
 
 
-def test_elastic_workers_go_from_two_to_one_and_back(machines, undisturbed):
+def fids(run):
+    """The FIDs of a run's first `STEPS` steps."""
+    return np.array([r["fid"] for r in read_metrics(run) if "fid" in r and r["step"] <= STEPS])
+
+
+def noise(undisturbed, folder):
+    """How far FIDs of one age differ between seeds: their relative standard deviation."""
+    curves = [fids(undisturbed)]
+    for seed in (1, 2, 3):
+        run = Folder(f"{folder}/{seed}")
+        train_here(RunConfig().override(RUN | {"seed": seed}), run, Dataset.open("digits"))
+        curves.append(fids(run))
+    return float(np.sqrt(np.mean((np.std(curves, 0, ddof=1) / np.mean(curves, 0)) ** 2)))
+
+
+def test_elastic_workers_go_from_two_to_one_and_back(machines, undisturbed, tmp_path):
     elastic = ["--scaling.min-workers", "1", "--scaling.resize-every-s", "5"]
-    run, command = locate("runs", "elastic"), train(machines, "elastic", *elastic)
+    longer = ["--total-kimg", str(steps_as_kimg(6 * STEPS))]
+    run, command = locate("runs", "elastic"), train(machines, "elastic", *elastic, *longer)
     wait_for_step(run, 100)
     machines.kill(next(name for name in machines.nodes if name != "head"))
     alone = wait_for_step(run, newest(run) + 3 * EVERY)
     machines.start_node("b")
     said = command.wait()
-    groups = [line for line in said.splitlines() if line.endswith("workers") or "resuming" in line]
-    counts = [2 if line.endswith("2 workers") else 1 for line in groups if "resuming" not in line]
-    assert len(resumed_at(said)) == 2
-    assert counts == [2, 2], said  # One worker alone does not say so.
-    assert resumed_at(said)[0] < alone <= resumed_at(said)[1]
-    fids, expected = (
-        [row["fid"] for row in read_metrics(r) if "fid" in row] for r in (run, undisturbed)
-    )
-    assert fids == pytest.approx(expected, rel=0.05)
+    first, second = resumed_at(said)
+    assert first < alone <= second
+    groups = [line for line in said.splitlines() if line.endswith("elastic: 2 workers")]
+    assert len(groups) == 2, said  # One worker alone does not say so.
+    differences = fids(run) / fids(undisturbed) - 1
+    sigma = noise(undisturbed, tmp_path)
+    print(f"FIDs differ by {differences.round(3)}; the noise of seeds is {sigma:.3f}")
+    assert np.sqrt(np.mean(differences**2)) < sigma
