@@ -74,6 +74,8 @@ class CheckpointInfo(BaseModel):
     fid: float | None
     """FID of the checkpoint's own G_ema; None if it was not measured at this step."""
     fid_protocol: dict[str, Any] | None
+    awaits_fid: bool = False
+    """Whether its FID is still to be taken, beside training."""
     standing: Standing
     state_bytes: int
     state_sha256: str
@@ -97,7 +99,15 @@ class Snapshot:
     info: CheckpointInfo
 
     @classmethod
-    def take(cls, state: TrainState, *, seed: int, standing: Standing, fid: FID | None) -> Snapshot:
+    def take(
+        cls,
+        state: TrainState,
+        *,
+        seed: int,
+        standing: Standing,
+        fid: FID | None,
+        awaits_fid: bool = False,
+    ) -> Snapshot:
         """Copy what the next step depends on out of the networks and optimizers."""
         file = io.BytesIO()
         torch.save(
@@ -120,6 +130,7 @@ class Snapshot:
             seed=seed,
             fid=fid.value if fid else None,
             fid_protocol=fid.protocol.as_dict() if fid else None,
+            awaits_fid=awaits_fid,
             standing=standing.model_copy(deep=True),
             state_bytes=len(content),
             state_sha256=hashlib.sha256(content).hexdigest(),
@@ -135,7 +146,7 @@ class Snapshot:
 def note_fid(folder: Folder, fid: FID) -> None:
     """Write onto a checkpoint the FID that was taken of it since."""
     info = CheckpointInfo.read(folder)
-    update = {"fid": fid.value, "fid_protocol": fid.protocol.as_dict()}
+    update = {"fid": fid.value, "fid_protocol": fid.protocol.as_dict(), "awaits_fid": False}
     folder.write_json(DESCRIPTION, info.model_copy(update=update).model_dump(mode="json"))
 
 

@@ -17,7 +17,6 @@ import pandas as pd
 import ray.train
 import torch
 from ray.train import (
-    CheckpointConfig,
     CheckpointUploadMode,
     ControllerError,
     FailureConfig,
@@ -47,7 +46,9 @@ from biggan.evaluation import ensure_reference
 from biggan.journal import sheet_file
 from biggan.loop import (
     PREEMPTED,
+    KeepCheckpoints,
     RefusedError,
+    Report,
     TrainingLoop,
     evaluation_batch,
     print_line,
@@ -66,13 +67,12 @@ from biggan.runs import (
     open_run,
     read_metrics,
 )
-from biggan.storage import Folder, StorageError, UnavailableError, locate, training_patience
+from biggan.storage import Folder, UnavailableError, locate, training_patience
 
 DOES_NOT_FIT = "does not fit: "
 REFUSED = "refused: "
 ENDINGS: dict[str, type[UserError]] = {DOES_NOT_FIT: DoesNotFitError, REFUSED: UnavailableError}
 """Beginnings of what a worker returns after which trying again is of no use, and what it is."""
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,7 @@ def fit(
     further than the one before.
     """
     run, failures = Folder(run.uri, training_patience()), 0
+    evaluations: list[Any] = []
     spec = {
         "config": config.model_dump(),
         "dataset": dataset.uri,
@@ -217,7 +218,7 @@ def fit(
         "patience": run.patience,
     }
     while True:
-        mend_snapshot(run)
+        evaluations += _catch_up(config, dataset, run, scaling)
         before = _newest_step(run)
         try:
             result = _trainer(config, dataset, run, scaling, callbacks, spec).fit()
@@ -237,6 +238,8 @@ def fit(
             if reason.startswith(beginning):
                 raise kind(reason.removeprefix(beginning))
         if reason != PREEMPTED:
+            if evaluations:
+                ray.wait(evaluations, num_returns=len(evaluations))
             return reason
         print_line(f"{run.name}: left machines that are about to go; going on elsewhere")
 
@@ -254,7 +257,7 @@ def _trainer(
         sizes=scaling.sizes(config),
         train_loop_config=spec,
         scaling_config=scaling.to_ray(),
-        run_config=ray_run_config(config, run, scaling.max_failures, callbacks),
+        run_config=ray_run_config(run, scaling.max_failures, callbacks),
         validation_config=_validation(config, dataset, run, scaling),
     )
 
@@ -295,22 +298,24 @@ class Sizes(ElasticScalingPolicy):
         return max((size for size in self._sizes if size <= room), default=0)
 
 
-def mend_snapshot(run: Folder) -> None:
-    """Delete Ray Train's list of a run's checkpoints if it is damaged.
+def _catch_up(config: RunConfig, dataset: Folder, run: Folder, scaling: Scaling) -> list[Any]:
+    """Tasks that take the FIDs which an interrupted command left to be taken.
 
-    Ray writes it in place, so that a full disk or a kill may leave half of one, which it refuses to
-    start from; and it refuses a list of checkpoints that are not there. Without the list it starts
-    one anew; what to resume from is not taken from it.
+    Ray Train's own list of checkpoints, in the run's folder, would know them; but it is written in
+    place, so that a kill or a full disk leaves half of one, and a list of checkpoints that are not
+    there any more is refused as well. It is begun anew.
     """
-    if not run.exists(SNAPSHOT):
-        return
-    try:
-        listed = run.read_json(SNAPSHOT)["checkpoint_results"]
-        whole = all(run.exists(entry["checkpoint_dir_name"]) for entry in listed)
-    except (StorageError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        run.delete_file(SNAPSHOT)
+    run.delete_file("checkpoint_manager_snapshot.json")
+    evaluate = ray.remote(**_evaluation_resources(scaling))(evaluate_checkpoint)
+    return [
+        evaluate.remote(ray.train.Checkpoint((run / name).path), run.uri, dataset.uri)
+        for name, info in checkpoints(run).items()
+        if info.awaits_fid and config.eval.mode == "async"
+    ]
+
+
+def _evaluation_resources(scaling: Scaling) -> dict[str, Any]:
+    return {"num_cpus": 1, "num_gpus": 1 if scaling.on_gpu else 0}
 
 
 def _validation(
@@ -329,7 +334,7 @@ def _validation(
     return ValidationConfig(
         fn=evaluate_checkpoint,
         task_config=ValidationTaskConfig(fn_kwargs={"run": run.uri, "dataset": dataset.uri}),
-        ray_remote_kwargs={"num_cpus": 1, "num_gpus": 1 if scaling.on_gpu else 0},
+        ray_remote_kwargs=_evaluation_resources(scaling),
     )
 
 
@@ -381,19 +386,12 @@ def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:
     check_batch(config, workers)
 
 
-def ray_run_config(
-    config: RunConfig, run: Folder, max_failures: int, callbacks: Sequence[Any] = ()
-) -> RayRunConfig:
+def ray_run_config(run: Folder, max_failures: int, callbacks: Sequence[Any]) -> RayRunConfig:
     """Ray Train's settings for a run whose folder is `run`."""
     return RayRunConfig(
         name=run.name,
         storage_path=run.parent.uri,
         failure_config=FailureConfig(max_failures=max_failures),
-        checkpoint_config=CheckpointConfig(
-            num_to_keep=config.checkpoint.keep,
-            checkpoint_score_attribute="checkpoint_fid",
-            checkpoint_score_order="min",
-        ),
         callbacks=list(callbacks),
         logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
     )
@@ -420,7 +418,7 @@ def train_worker(spec: dict[str, Any]) -> str:
         open_dataset(config, name=spec["dataset"], progress=say),
         run,
         workers,
-        _report,
+        _report_to(run, config.checkpoint.keep),
         say=say,
         stream=StreamReader,
         evaluated_beside=True,
@@ -459,12 +457,21 @@ def _share_of_cores(config: RunConfig) -> int:
     return max(1, (cores - (config.eval.mode == "async")) // sharing)
 
 
-def _report(metrics: dict[str, Any], checkpoint: Folder | None, /) -> None:
-    """Tell Ray Train how far a run is, and of a checkpoint that was written."""
-    ray.train.report(
-        metrics,
-        ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem) if checkpoint else None,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        delete_local_checkpoint_after_upload=False,
-        validation=bool(checkpoint) and metrics["awaits_fid"],
-    )
+def _report_to(run: Folder, keep: int) -> Report:
+    """A report to Ray Train, of checkpoints that are kept or deleted by our own rule.
+
+    Ray keeps the best and the latest: if that one is damaged, the next is far behind.
+    """
+    keeper = KeepCheckpoints(run, keep)
+
+    def report(metrics: dict[str, Any], checkpoint: Folder | None, /) -> None:
+        ray.train.report(
+            metrics,
+            ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem) if checkpoint else None,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            delete_local_checkpoint_after_upload=False,
+            validation=bool(checkpoint) and metrics["awaits_fid"],
+        )
+        keeper(metrics, checkpoint)
+
+    return report

@@ -81,13 +81,14 @@ def print_line(line: str) -> None:
 
 
 class KeepCheckpoints:
-    """The `Report` of plain Python, torchrun and one-worker trials: keeps the best and the latest.
+    """A `Report` that deletes the checkpoints of a run that are not worth keeping.
 
-    Ray keeps them by the same rule.
+    Kept are those with the lowest FIDs, those whose FID is still to be taken, the latest, and the
+    one before it: what to resume from if the latest turns out damaged.
     """
 
     def __init__(self, run: Folder, keep: int) -> None:
-        """Keep `keep` checkpoints of `run`, and the latest."""
+        """Keep `keep` checkpoints of `run` for their FIDs."""
         self.run, self.keep = run, keep
 
     def __call__(self, _metrics: dict[str, Any], written: Folder | None, /) -> None:
@@ -96,7 +97,8 @@ class KeepCheckpoints:
             return
         infos = checkpoints(self.run)
         ranked = sorted(infos, key=lambda name: (infos[name].fid or WORST_FID, -infos[name].step))
-        for name in set(ranked[self.keep :]) - {list(infos)[-1]}:
+        awaiting = {name for name, info in infos.items() if info.awaits_fid}
+        for name in set(ranked[self.keep :]) - set(list(infos)[-2:]) - awaiting:
             (self.run / name).delete()
 
 
@@ -440,7 +442,7 @@ class TrainingLoop:
         written, refused = None, ""
         if self.workers.is_main:
             written = self.run_folder / self._new_name()
-            refused = self._write(written, fid)
+            refused = self._write(written, fid, awaits_fid)
         if refused := self.workers.agree(refused):
             raise RefusedError(refused)
         self.report(metrics, written)
@@ -451,12 +453,18 @@ class TrainingLoop:
         taken = self.run_folder.exists(name)
         return f"{name}_{uuid.uuid4().hex[:4]}" if taken else name
 
-    def _write(self, folder: Folder, fid: FID | None) -> str:
+    def _write(self, folder: Folder, fid: FID | None, awaits_fid: bool) -> str:
         """Write a checkpoint and the journal; what storage said if it did not take them.
 
         Then the state is kept on this machine, for the same command to go on from.
         """
-        snapshot = Snapshot.take(self.state, seed=self.config.seed, standing=self.standing, fid=fid)
+        snapshot = Snapshot.take(
+            self.state,
+            seed=self.config.seed,
+            standing=self.standing,
+            fid=fid,
+            awaits_fid=awaits_fid,
+        )
         try:
             if self.writer:
                 self.writer.check()
