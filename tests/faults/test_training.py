@@ -122,7 +122,7 @@ def noise(undisturbed, folder):
 
 def test_elastic_workers_go_from_two_to_one_and_back(machines, undisturbed, tmp_path):
     elastic = ["--scaling.min-workers", "1", "--scaling.resize-every-s", "5"]
-    longer = ["--total-kimg", str(steps_as_kimg(6 * STEPS))]
+    longer = ["--total-kimg", str(steps_as_kimg(4 * STEPS))]
     run, command = locate("runs", "elastic"), train(machines, "elastic", *elastic, *longer)
     wait_for_step(run, 100)
     machines.kill(next(name for name in machines.nodes if name != "head"))
