@@ -304,7 +304,7 @@ class CheckpointConfig(Section):
     every_kimg: float = Field(10.0, gt=0)
     """Thousand images between checkpoints; the most that a failure can cost."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept: those with the lowest FID; the latest is always kept too."""
+    """Checkpoints kept: those with the lowest FID; the latest and the one before it are too."""
 
 
 class RunConfig(Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,13 +77,13 @@ class Machines:
             --dashboard-port={self.dashboard} --ray-client-server-port={free_port()}
             --temp-dir={self.folder}/ray""",
         )
-        self._wait_for_nodes(1)
+        self._wait_for_another(set())
 
     def start_node(self, name: str, cpus: int = 1) -> None:
         """A node with room for `cpus` workers."""
-        alive = self._count()
+        before = self._alive()
         self._start(name, f"--address={self.address} --num-cpus={cpus}")
-        self._wait_for_nodes(alive + 1)
+        self._wait_for_another(before)
 
     def _start(self, name: str, options: str) -> None:
         always = f"""--block --disable-usage-stats --node-ip-address=127.0.0.1
@@ -96,18 +97,19 @@ class Machines:
                 start_new_session=True,
             )
 
-    def _count(self) -> int:
+    def _alive(self) -> set[str]:
+        """The nodes that the head takes for alive; for a while, also one that was killed."""
         done = self._ray("list", "nodes", "--filter", "state=ALIVE", "--format", "json")
-        return done.stdout.count('"node_id"') if done.returncode == 0 else 0
+        return set(re.findall(r'"node_id": "(\w+)"', done.stdout)) if not done.returncode else set()
 
     def _ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         env = environment(RAY_ADDRESS=f"http://127.0.0.1:{self.dashboard}")
         return subprocess.run([RAY, *arguments], env=env, capture_output=True, text=True)
 
-    def _wait_for_nodes(self, n: int) -> None:
+    def _wait_for_another(self, before: set[str]) -> None:
         deadline = time.monotonic() + 120
-        while self._count() < n:
-            assert time.monotonic() < deadline, f"{n} nodes did not come up"
+        while not self._alive() - before:
+            assert time.monotonic() < deadline, "a node did not come up"
             time.sleep(1)
 
     def kill(self, name: str) -> None:
