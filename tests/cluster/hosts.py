@@ -26,11 +26,15 @@ DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 ISOLATED = "unshare --net --uts --mount --mount-proc --pid --fork --kill-child"
 BOOT = """
 set -e
-mount -t tmpfs tmpfs "$1"
-for place in "$HOME" /run /tmp; do
-  mkdir -p "$1$place.own" "$1$place.work"
-  mount -t overlay overlay "$place" -o "lowerdir=$place,upperdir=$1$place.own,workdir=$1$place.work"
-done
+own() {
+  mkdir -p "$2.own" "$2.work"
+  mount -t overlay overlay "$1" -o "lowerdir=$1,upperdir=$2.own,workdir=$2.work"
+}
+mkdir -p "$1/lost"
+own "$HOME" "$1/home"
+mount -t tmpfs tmpfs "$1/lost"
+own /run "$1/lost/run"
+own /tmp "$1/lost/tmp"
 mount -t tmpfs tmpfs /dev/shm
 mkdir -p /run/sshd
 hostname "$2"
@@ -38,7 +42,8 @@ ip link set lo up
 exec /usr/sbin/sshd -D -e -f /dev/null -h "$3" -o AuthorizedKeysFile="$3.pub" -o StrictModes=no \
   -o PidFile=none -o MaxStartups=100
 """
-"""Boots a host whose files lie in $1, named $2, with the key $3 as its own and its visitors'."""
+"""Boots a host whose files lie in $1, named $2, with the key $3 as its own and its visitors'. What it
+writes into its home outlives it, as on a disk."""
 
 
 def missing() -> str:
@@ -91,7 +96,7 @@ class Network:
 
 
 class Host:
-    """A machine that can be spoken to by SSH, unplugged, killed, and replaced by a fresh one."""
+    """A machine that can be spoken to by SSH, unplugged, killed and booted again."""
 
     def __init__(self, network: Network, name: str, number: int) -> None:
         self.network, self.name = network, name
@@ -100,7 +105,7 @@ class Host:
         self._log = network.folder / f"{name}.log"
 
     def start(self) -> None:
-        """Boot it, with nothing of what it wrote before."""
+        """Boot it."""
         files = self.network.folder / self.name
         files.mkdir(exist_ok=True)
         boot = [*ISOLATED.split(), "sh", "-c", BOOT, "boot", files, self.name, self.network.key]
@@ -144,10 +149,14 @@ class Host:
         return done
 
     def kill(self) -> None:
-        """The power fails: all of its processes at once, and its files."""
+        """The power fails: its processes end all at once. What is left of it is its home."""
         self._process.kill()
         self._process.wait()
-        _sh(f"ip link delete {self._port}", check=False)
+        port = Path("/sys/class/net", self._port)
+        while (
+            port.exists()
+        ):  # It goes with the network that it leads to, when the last process has.
+            time.sleep(0.1)
 
     def partition(self) -> None:
         """Unplug it from the network."""
