@@ -42,8 +42,10 @@ ip link set lo up
 exec /usr/sbin/sshd -D -e -f /dev/null -h "$3" -o AuthorizedKeysFile="$3.pub" -o StrictModes=no \
   -o PidFile=none -o MaxStartups=100
 """
-"""Boots a host whose files lie in $1, named $2, with the key $3 as its own and its visitors'. What it
-writes into its home outlives it, as on a disk."""
+"""Boots a host whose files lie in $1, named $2, with the key $3 as its own and its visitors'.
+
+What it writes into its home outlives it, as on a disk.
+"""
 
 
 def missing() -> str:
