@@ -1,6 +1,5 @@
 """Hosts die, return and lose each other while they train: nothing is lost, nothing is doubled."""
 
-import math
 import re
 import time
 import uuid
@@ -8,6 +7,7 @@ import uuid
 from cluster.on_prem import PATIENCE, until
 from conftest import TINY
 
+import biggan
 from biggan.checkpoint import is_undamaged
 from biggan.config import RunConfig
 from biggan.journal import ROW_EVERY_KIMG
@@ -52,24 +52,21 @@ class Training:
         return [float(kimg) for kimg in re.findall(r"resuming at (\S+) of", log)]
 
 
-def assert_whole(run, config=CONFIG):
+def assert_whole(run):
     """Every row that an uninterrupted run writes, once, in turn; checkpoints whole, to the end."""
 
-    def kimg(step):
-        return step * config.step_images / 1000
-
-    steps = range(1, round(config.total_kimg * 1000 / config.step_images) + 1)
+    images, end = CONFIG.step_images, round(CONFIG.total_kimg * 1000)
+    row_every, evaluate_every = ROW_EVERY_KIMG * 1000, round(CONFIG.eval.every_kimg * 1000)
     due = [
-        step
-        for step in steps
-        if math.floor(kimg(step) / ROW_EVERY_KIMG) > math.floor(kimg(step - 1) / ROW_EVERY_KIMG)
-        or kimg(step) % config.eval.every_kimg == 0
+        seen // images
+        for seen in range(images, end + 1, images)
+        if seen // row_every > (seen - images) // row_every or seen % evaluate_every == 0
     ]
     assert [row["step"] for row in read_metrics(run)] == due
     saved = checkpoints(run)
     assert sorted(saved) == [name for name in run.children() if name.startswith("checkpoint_0")]
     assert all(is_undamaged(run / name) for name in saved)
-    assert max(info.step for info in saved.values()) == steps[-1]
+    assert max(info.step for info in saved.values()) * images == end
 
 
 def test_a_network_that_is_away_for_half_a_minute(on_prem, digits):
@@ -93,11 +90,27 @@ def test_a_host_dies_and_is_up_again(on_prem, digits):
 
 
 def test_the_head_dies_and_is_brought_up_again(on_prem, digits):
+    """Its jobs die with it. What they have stored is whole: the same commands go on from there."""
+    sweep = locate("sweeps", "beheaded")
+    search = f"jobs/sweep.py --name beheaded {FLAGS} --num-trials 2 --noise-repeats 0"
+    # So that none stops early.
+    search += f" --space optim.lr_g=loguniform(1e-4,1e-2) --grace-kimg {CONFIG.total_kimg}"
+
+    def trials():
+        return [sweep / name for name in sweep.children() if name.startswith("trial_")]
+
+    on_prem.submit(search, "--no-wait")
+    until(lambda: any(checkpoints(trial) for trial in trials()))
     training = Training(on_prem, "beheaded").underway()
     before = training.newest
     on_prem.head.kill()
     on_prem.head.start()
     on_prem.up()
-    again = Training(on_prem, "beheaded")
-    [resumed, *_] = again.finished()
+    [resumed, *_] = Training(on_prem, "beheaded").finished()
     assert resumed * 1000 >= before * CONFIG.step_images
+    on_prem.submit(search)
+    assert len(trials()) == 2
+    for trial in trials():
+        assert_whole(trial)
+    on_prem.submit("jobs/promote.py --sweep beheaded --name beheaded")
+    assert biggan.load_generator("beheaded@best").sample([1]).shape == (1, 16, 16, 1)
