@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-cluster lint format clean
+.PHONY: help install quickstart serve token test test-faults test-cluster soak lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,18 @@ quickstart: install  ## train digits on this machine, in about 3 minutes, and lo
 serve: install  ## serve MODEL (digits@best) on PORT (8000) of this machine
 	$(BIN)/python -m serving --model $(MODEL) --port $(PORT)
 
+token: install  ## make the key to your clusters, ~/.ray/auth_token, if there is none
+	@env -u RAY_AUTH_TOKEN -u RAY_AUTH_TOKEN_PATH $(BIN)/ray get-auth-token --generate > /dev/null 2>&1 && chmod 600 ~/.ray/auth_token
+	@echo "the key to your clusters: $$HOME/.ray/auth_token; with RAY_AUTH_MODE=token Ray uses it"
+
 test: install lint  ## lint, format check, types, and all tests
 	$(BIN)/python -m pytest
+
+test-faults: install  ## training whose machines, processes and storage fail (about 12 minutes)
+	$(BIN)/python -m pytest -n 0 tests/faults
+
+soak: install  ## an hour of training with a fault every two minutes
+	PYTHONPATH=tests $(BIN)/python -m faults.soak
 
 test-cluster: install  ## the whole path and its troubles, on three hosts of this machine, as root
 	$(BIN)/python -m pytest -n 0 tests/cluster

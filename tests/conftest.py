@@ -45,7 +45,7 @@ from biggan.models import ModelCard, ModelStore
 from biggan.networks import Generator
 from biggan.parallel import CPU, Workers
 from biggan.promotion import promote
-from biggan.runs import latest_checkpoint, open_run
+from biggan.runs import open_run
 from biggan.storage import Folder, locate
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +179,13 @@ def digits(cluster, storage):
 
 
 def train_here(
-    config: RunConfig, run: Folder, dataset: Dataset, stop_after: int = 0, say=None, stream=None
+    config: RunConfig,
+    run: Folder,
+    dataset: Dataset,
+    stop_after: int = 0,
+    say=None,
+    stream=None,
+    must_leave=lambda: False,
 ) -> str:
     """Train in this process, resuming from the run's latest checkpoint; no Ray.
 
@@ -196,9 +202,8 @@ def train_here(
             raise InterruptedError
 
     alone = Workers(0, 1, CPU)
-    latest = latest_checkpoint(run)
     loop = TrainingLoop(
-        config, dataset, run, alone, report, resume_from=latest, say=say, stream=stream
+        config, dataset, run, alone, report, say=say, stream=stream, must_leave=must_leave
     )
     return loop.run()
 

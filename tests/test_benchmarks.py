@@ -139,6 +139,51 @@ def test_ray_overhead_tells_what_it_measures():
     assert "--threads" in run.stdout
 
 
+def test_scaling_measures_what_it_models(tmp_path):
+    run = benchmark(
+        "scaling", "measure", *TINY.split(), "--batch-size", 2, "--workers", 2, "--json",
+        tmp_path / "figures.json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    alone, together = (figures["seconds"][way][0] for way in ("alone", "together"))
+    assert figures["ratios"]["efficiency"] == [pytest.approx(alone / together)]
+    assert figures["images_per_second"] == pytest.approx([2 / alone, 4 / together])
+    assert "measured together" in run.stdout.splitlines()[-1]
+
+
+def test_scaling_says_what_it_assumes(tmp_path):
+    flags = ["scaling", "model", "--preset", "imagenet64", "--gpus", 8, 16]
+    flags += ["--kernel-microseconds", 0, "--json"]
+    run = benchmark(*flags, tmp_path / "figures.json")
+    assert run.returncode == 0, run.stderr
+    assert "ASSUMED, not measured: a GPU sustains 25% of its peak" in run.stdout
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [(row["gpus"], row["batch"]) for row in rows] == [(8, 64), (16, 32)]
+    assert rows[1]["efficiency"] < rows[0]["efficiency"] <= 1.01
+
+    # A GPU that was measured to take as long as assumed changes nothing but the heading.
+    again = ["--step-seconds", f"64={rows[0]['compute']}"]
+    run = benchmark(*flags, tmp_path / "figures.json", *again)
+    assert run.returncode == 0, run.stderr
+    assert "MEASURED: a GPU sustains 25.0% at 64 images of its peak" in run.stdout
+    measured = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert measured[0]["step"] == pytest.approx(rows[0]["step"])
+
+
+def test_a_simulated_cluster_schedules_a_sweep(tmp_path):
+    run = benchmark(
+        "simulated_cluster", "--nodes", 2, "--trials", 3, "--seconds", 0.2, "--reports", 2,
+        "--reserve", 0.5, "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["nodes"], figures["trials"], figures["concurrent"]) == (2, 3, 2)
+    held = figures["overhead_seconds"] + figures["own_seconds"]
+    assert held == pytest.approx(2 * figures["wall_seconds"] / 3)
+    assert figures["state_bytes"] > 0
+
+
 def test_convergence_wants_a_dataset_that_the_peer_can_read(digits, tmp_path):
     peer = f"biggan-pytorch={checkout(tmp_path)}"
     run = benchmark("convergence", "--peer", peer, "--dataset", digits.folder.uri)

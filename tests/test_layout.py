@@ -17,6 +17,7 @@ WITH_RAY = {
     "distributed",
     "evaluation",
     "generation",
+    "preemption",
     "search",
     "trials",
 }

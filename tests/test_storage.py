@@ -5,7 +5,14 @@ import threading
 import pytest
 
 from biggan.errors import UserError
-from biggan.storage import Folder, StorageError, locate, storage_root
+from biggan.storage import (
+    Folder,
+    StorageError,
+    UnavailableError,
+    insist,
+    locate,
+    storage_root,
+)
 
 
 def test_names_paths_and_uris(tmp_path, monkeypatch):
@@ -107,3 +114,40 @@ def test_damaged_json_is_named(tmp_path):
 def test_infinities_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         Folder(str(tmp_path)).write_json("a.json", {"fid": float("nan")})
+
+
+def failing(times, error):
+    """An operation that fails so often, and then gives how often it was tried."""
+    tried = []
+
+    def operation():
+        tried.append(error)
+        if len(tried) <= times:
+            raise error
+        return len(tried)
+
+    return operation
+
+
+def test_what_is_refused_is_tried_again(capsys):
+    assert insist("storage x", 5, failing(2, OSError("slow down"))) == 3
+    assert capsys.readouterr().out.count("storage x: slow down; trying again for ") == 2
+
+
+def test_patience_has_an_end():
+    with pytest.raises(UnavailableError, match=r"^storage x failed for 0.5 s: slow down$"):
+        insist("storage x", 0.5, failing(99, OSError("slow down")))
+
+
+@pytest.mark.parametrize(
+    "patience,error", [(5, FileNotFoundError("a")), (5, IsADirectoryError("b")), (0, OSError("c"))]
+)
+def test_what_is_no_refusal_or_not_to_be_waited_for_is_raised_at_once(patience, error):
+    with pytest.raises(type(error)):
+        insist("storage x", patience, failing(1, error))
+
+
+def test_folders_hand_their_patience_on():
+    folder = Folder("/a/b", 7)
+    assert ((folder / "c").patience, folder.parent.patience) == (7, 7)
+    assert folder == Folder("/a/b")

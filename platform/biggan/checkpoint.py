@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,37 +89,47 @@ class CheckpointInfo(BaseModel):
             raise StorageError(f"{folder}/{DESCRIPTION} is damaged: {error}") from None
 
 
-def save(
-    folder: Path, state: TrainState, *, seed: int, standing: Standing, fid: FID | None
-) -> None:
-    """Write a checkpoint into an existing local folder."""
-    file = io.BytesIO()
-    torch.save(
-        {
-            "G": state.G.state_dict(),
-            "D": state.D.state_dict(),
-            "G_ema": state.G_ema.state_dict(),
-            "optim_G": state.optim_G.state_dict(),
-            "optim_D": state.optim_D.state_dict(),
-            "scaler_G": state.scaler_G.state_dict(),
-            "scaler_D": state.scaler_D.state_dict(),
-            "running": state.running,
-        },
-        file,
-    )
-    content = file.getbuffer()
-    (folder / STATE).write_bytes(content)
-    info = CheckpointInfo(
-        step=state.step,
-        images_seen=state.images_seen,
-        seed=seed,
-        fid=fid.value if fid else None,
-        fid_protocol=fid.protocol.as_dict() if fid else None,
-        standing=standing.model_copy(deep=True),
-        state_bytes=len(content),
-        state_sha256=hashlib.sha256(content).hexdigest(),
-    )
-    (folder / DESCRIPTION).write_text(info.model_dump_json(indent=2))
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state at a step, ready to be written."""
+
+    content: memoryview
+    info: CheckpointInfo
+
+    @classmethod
+    def take(cls, state: TrainState, *, seed: int, standing: Standing, fid: FID | None) -> Snapshot:
+        """Copy what the next step depends on out of the networks and optimizers."""
+        file = io.BytesIO()
+        torch.save(
+            {
+                "G": state.G.state_dict(),
+                "D": state.D.state_dict(),
+                "G_ema": state.G_ema.state_dict(),
+                "optim_G": state.optim_G.state_dict(),
+                "optim_D": state.optim_D.state_dict(),
+                "scaler_G": state.scaler_G.state_dict(),
+                "scaler_D": state.scaler_D.state_dict(),
+                "running": state.running,
+            },
+            file,
+        )
+        content = file.getbuffer()
+        info = CheckpointInfo(
+            step=state.step,
+            images_seen=state.images_seen,
+            seed=seed,
+            fid=fid.value if fid else None,
+            fid_protocol=fid.protocol.as_dict() if fid else None,
+            standing=standing.model_copy(deep=True),
+            state_bytes=len(content),
+            state_sha256=hashlib.sha256(content).hexdigest(),
+        )
+        return cls(content, info)
+
+    def write(self, folder: Folder) -> None:
+        """Write a checkpoint; its description last, which makes it one."""
+        folder.write_bytes(STATE, self.content)
+        folder.write_json(DESCRIPTION, self.info.model_dump(mode="json"))
 
 
 def note_fid(folder: Folder, fid: FID) -> None:

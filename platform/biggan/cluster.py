@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -55,6 +55,25 @@ def result(task: Any) -> Any:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+
+
+E = TypeVar("E", bound=Exception)
+
+
+def cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first error of a kind among what an error of Ray's was made from; None if there is none.
+
+    Ray wraps what goes wrong in its processes, each of its libraries in a way of its own.
+    """
+    if error is None or isinstance(error, kind):
+        return error
+    within = [
+        *getattr(error, "worker_failures", {}).values(),
+        *(getattr(error, name, None) for name in ("controller_failure", "cause", "_base_exc")),
+        error.__cause__,
+    ]
+    found = (cause(e, kind) for e in within if isinstance(e, BaseException) and e is not error)
+    return next((e for e in found if e), None)
 
 
 def quiet_ray_data() -> None:

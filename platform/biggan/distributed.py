@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import logging
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,27 +18,36 @@ import ray.train
 import torch
 from ray.train import (
     CheckpointConfig,
+    CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     LoggingConfig,
     ScalingConfig,
+    TrainingFailedError,
     ValidationConfig,
     ValidationTaskConfig,
+    WorkerGroupError,
 )
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from biggan.candidates import load_checkpoint
 from biggan.checkpoint import CheckpointInfo, note_fid
-from biggan.cluster import connect, largest_node, own_device
+from biggan.claim import claim_on, claimed
+from biggan.cluster import cause, connect, largest_node, own_device
 from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import check_batch
 from biggan.data.dataset import DatasetInfo, open_dataset, read_info
 from biggan.data.reading import with_settled_mode
 from biggan.data.stream import StreamReader
+from biggan.errors import UserError
 from biggan.evaluation import ensure_reference
 from biggan.journal import sheet_file
 from biggan.loop import (
-    Report,
+    PREEMPTED,
+    RefusedError,
     TrainingLoop,
     evaluation_batch,
     print_line,
@@ -55,15 +62,17 @@ from biggan.parallel import Workers
 from biggan.runs import (
     best_checkpoint,
     checkpoints,
-    latest_checkpoint,
     note_evaluation,
     open_run,
     read_metrics,
 )
-from biggan.storage import Folder, locate
+from biggan.storage import Folder, StorageError, UnavailableError, locate, training_patience
 
 DOES_NOT_FIT = "does not fit: "
-"""Begins what a worker returns whose micro-batch found no room: trying it again is of no use."""
+REFUSED = "refused: "
+ENDINGS: dict[str, type[UserError]] = {DOES_NOT_FIT: DoesNotFitError, REFUSED: UnavailableError}
+"""Beginnings of what a worker returns after which trying again is of no use, and what it is."""
+SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -72,18 +81,31 @@ class Scaling:
 
     workers: int = 1
     """Processes that share each batch; on GPUs, one a GPU."""
+    min_workers: int = 0
+    """Elastic: train with as many workers as there is room for, down to this number, and grow again
+    when machines come back. 0 waits for all of them."""
+    resize_every_s: float = 60.0
+    """Seconds between looks whether there is room for more workers: a change of their number starts
+    all of them anew, from the latest checkpoint."""
     gpu: bool | None = None
     """Whether each worker takes a GPU; if not said, whether the cluster has one by now."""
     cpus_per_worker: int = 0
     """CPU cores kept for each worker; 0 keeps one, and computes with a share of the machine."""
     max_failures: int = 3
-    """Restarts from the latest checkpoint when workers fail; -1 is without limit."""
+    """Restarts from the latest checkpoint when workers fail, as long as no new checkpoint comes
+    between; -1 is without limit. Machines that announce their end do not count."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers = {self.workers}: must be 1 or more")
         if self.cpus_per_worker < 0:
             raise ConfigError(f"cpus_per_worker = {self.cpus_per_worker}: must be 0 or more")
+        if not 0 <= self.min_workers <= self.workers:
+            raise ConfigError(
+                f"min_workers = {self.min_workers}: must be from 0 to workers = {self.workers}"
+            )
+        if self.max_failures < -1:
+            raise ConfigError(f"max_failures = {self.max_failures}: must be -1 or more")
 
     @property
     def on_gpu(self) -> bool:
@@ -97,9 +119,21 @@ class Scaling:
         machine would wait for ever beside an endpoint that holds a core.
         """
         resources = {"CPU": self.cpus_per_worker or 1} | ({"GPU": 1} if self.on_gpu else {})
+        elastic = 0 < self.min_workers < self.workers
         return ScalingConfig(
-            num_workers=self.workers, use_gpu=self.on_gpu, resources_per_worker=resources
+            num_workers=(self.min_workers, self.workers) if elastic else self.workers,  # type: ignore[arg-type]
+            use_gpu=self.on_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=self.resize_every_s,  # type: ignore[call-arg]
         )
+
+    def sizes(self, config: RunConfig) -> list[int]:
+        """The numbers of workers to train with, among which the batch divides; ascending."""
+        parts = config.optim.accumulation
+        least = self.min_workers or self.workers
+        return [
+            n for n in range(least, self.workers + 1) if config.optim.batch_size % (parts * n) == 0
+        ]
 
 
 @dataclass(frozen=True)
@@ -137,32 +171,146 @@ def train(
     """Train a BigGAN as run `name`, or resume the run of that name where it left off.
 
     Raises `ConfigError` if the configuration does not fit the dataset, the workers or the run that
-    is there; `StorageError` if there is no such dataset; `DoesNotFitError` if a micro-batch does
-    not fit in memory; and what Ray Train raises when workers fail more than `scaling.max_failures`
-    times.
+    is there; `StorageError` if there is no such dataset, or storage refuses for too long;
+    `ClaimError` if another command trains this run; `DoesNotFitError` if a micro-batch does not fit
+    in memory; and what Ray Train raises when workers fail more than `scaling.max_failures` times.
     """
     scaling = scaling or Scaling()
     dataset = locate("datasets", config.dataset, root)
     info = read_info(config, root)
-    check_fit(config, info, scaling.workers)
+    for workers in {scaling.min_workers or scaling.workers, scaling.workers}:
+        check_fit(config, info, workers)
     run = locate("runs", name, root)
-    config = open_run(run, config, info)
-    if over := _already_over(config, run):
-        return RunResult(run, over)
-    connect()
-    ensure_reference(config, dataset)
-    trainer = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # Ray's stated types lag behind Train V2.
-        train_loop_config=worker_spec(config, dataset, run, scaling.cpus_per_worker),
+    with claimed(run, "trained") as claim:
+        config = open_run(run, config, info)
+        if over := _already_over(config, run):
+            return RunResult(run, over)
+        connect()
+        ensure_reference(config, dataset)
+        return RunResult(run, stop_reason=fit(config, dataset, run, scaling, claim=claim.token))
+
+
+def fit(
+    config: RunConfig,
+    dataset: Folder,
+    run: Folder,
+    scaling: Scaling,
+    *,
+    callbacks: Sequence[Any] = (),
+    quiet: bool = False,
+    claim: str = "",
+) -> str:
+    """Train on Ray Train until the run is over, whatever becomes of workers; returns why it ended.
+
+    Ray Train restarts workers that fail, from the latest checkpoint. What is begun anew here is a
+    group that left machines which are about to go, and one that has used up its restarts but came
+    further than the one before.
+    """
+    run, failures = Folder(run.uri, training_patience()), 0
+    spec = {
+        "config": config.model_dump(),
+        "dataset": dataset.uri,
+        "run": run.uri,
+        "cpus": scaling.cpus_per_worker,
+        "quiet": quiet,
+        "claim": claim,
+        "patience": run.patience,
+    }
+    while True:
+        mend_snapshot(run)
+        before = _newest_step(run)
+        try:
+            result = _trainer(config, dataset, run, scaling, callbacks, spec).fit()
+            reason = str(result.return_value)  # type: ignore[attr-defined]
+        except TrainingFailedError as error:
+            if user_error := cause(error, UserError):
+                raise user_error from None
+            if isinstance(error, ControllerError) and cause(error, OSError):
+                _wait_for_storage(run)  # It was refused Ray Train's own file in the run's folder.
+            failures = 0 if _newest_step(run) > before else failures + 1
+            # Workers have had their restarts by now; what leads them has had none.
+            if failures > (0 if isinstance(error, WorkerGroupError) else scaling.max_failures):
+                raise
+            print_line(f"{run.name}: {str(error).splitlines()[-1]}; going on all the same")
+            continue
+        for beginning, kind in ENDINGS.items():
+            if reason.startswith(beginning):
+                raise kind(reason.removeprefix(beginning))
+        if reason != PREEMPTED:
+            return reason
+        print_line(f"{run.name}: left machines that are about to go; going on elsewhere")
+
+
+def _trainer(
+    config: RunConfig,
+    dataset: Folder,
+    run: Folder,
+    scaling: Scaling,
+    callbacks: Sequence[Any],
+    spec: dict[str, Any],
+) -> Trainer:
+    return Trainer(
+        train_worker,
+        sizes=scaling.sizes(config),
+        train_loop_config=spec,
         scaling_config=scaling.to_ray(),
-        run_config=ray_run_config(config, run, max_failures=scaling.max_failures),
-        validation_config=_validation(config, dataset, run, scaling),  # type: ignore[call-arg]
+        run_config=ray_run_config(config, run, scaling.max_failures, callbacks),
+        validation_config=_validation(config, dataset, run, scaling),
     )
-    result = trainer.fit()
-    reason = str(result.return_value)  # type: ignore[attr-defined]
-    if reason.startswith(DOES_NOT_FIT):
-        raise DoesNotFitError(reason.removeprefix(DOES_NOT_FIT))
-    return RunResult(run, stop_reason=reason)
+
+
+def _wait_for_storage(run: Folder) -> None:
+    run.write_bytes("probe", b"")
+    run.delete_file("probe")
+
+
+def _newest_step(run: Folder) -> int:
+    return max((info.step for info in checkpoints(run).values()), default=-1)
+
+
+class Trainer(TorchTrainer):
+    """A `TorchTrainer` whose elastic groups have only sizes that the batch divides among."""
+
+    def __init__(self, *args: Any, sizes: list[int], **kwargs: Any) -> None:
+        """`sizes`: numbers of workers, ascending."""
+        super().__init__(*args, **kwargs)
+        self._sizes = sizes
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        if isinstance(kwargs["scaling_policy"], ElasticScalingPolicy):
+            kwargs["scaling_policy"] = Sizes(self.scaling_config, self._sizes)
+        return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]
+
+
+class Sizes(ElasticScalingPolicy):
+    """Elastic scaling in steps: the largest of some sizes that there is room for."""
+
+    def __init__(self, scaling_config: ScalingConfig, sizes: list[int]) -> None:
+        """`sizes`: numbers of workers, ascending."""
+        super().__init__(scaling_config)  # type: ignore[arg-type]
+        self._sizes = sizes
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        room = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._sizes if size <= room), default=0)
+
+
+def mend_snapshot(run: Folder) -> None:
+    """Delete Ray Train's list of a run's checkpoints if it is damaged.
+
+    Ray writes it in place, so that a full disk or a kill may leave half of one, which it refuses to
+    start from; and it refuses a list of checkpoints that are not there. Without the list it starts
+    one anew; what to resume from is not taken from it.
+    """
+    if not run.exists(SNAPSHOT):
+        return
+    try:
+        listed = run.read_json(SNAPSHOT)["checkpoint_results"]
+        whole = all(run.exists(entry["checkpoint_dir_name"]) for entry in listed)
+    except (StorageError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        run.delete_file(SNAPSHOT)
 
 
 def _validation(
@@ -194,7 +342,7 @@ def evaluate_checkpoint(
     Ray Train ranks checkpoints by.
     """
     torch.set_num_threads(1)  # The core that it was given.
-    home, device = Folder(run), own_device()
+    home, device = Folder(run, training_patience()), own_device()
     candidate = load_checkpoint(home / checkpoint.path.rstrip("/").rsplit("/", 1)[-1], device)
     config, G, kimg = candidate.record.config, candidate.G, candidate.info.images_seen / 1000
     fid = measure(
@@ -233,19 +381,6 @@ def check_fit(config: RunConfig, dataset: DatasetInfo, workers: int) -> None:
     check_batch(config, workers)
 
 
-def worker_spec(
-    config: RunConfig, dataset: Folder, run: Folder, cpus: int, quiet: bool = False
-) -> dict[str, Any]:
-    """What `train_worker` is handed."""
-    return {
-        "config": config.model_dump(),
-        "dataset": dataset.uri,
-        "run": run.uri,
-        "cpus": cpus,
-        "quiet": quiet,
-    }
-
-
 def ray_run_config(
     config: RunConfig, run: Folder, max_failures: int, callbacks: Sequence[Any] = ()
 ) -> RayRunConfig:
@@ -269,21 +404,27 @@ def train_worker(spec: dict[str, Any]) -> str:
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report once more.
     config = RunConfig.parse(spec["config"])
     torch.set_num_threads(spec["cpus"] or _share_of_cores(config))
-    run, workers = Folder(spec["run"]), Workers.current(get_device())
+    run = Folder(spec["run"], spec["patience"])
+    workers = Workers.current(get_device())
+    if workers.is_main and spec["claim"]:
+        # A command that was taken for dead, and has been replaced, starts no workers any more.
+        claim_on(run, spec["claim"]).check()
     say = None if spec["quiet"] else print_line
+    if say and workers.is_main and workers.size > 1:
+        say(f"{run.name}: {workers.size} workers")
     info = read_info(config, name=spec["dataset"])
     config = with_settled_mode(config, info, run, workers)
+    # Not from `ray.train.get_checkpoint()`, which does not look whether it is damaged.
     loop = TrainingLoop(
         config,
         open_dataset(config, name=spec["dataset"], progress=say),
         run,
         workers,
-        _report_to(run),
-        # Not `ray.train.get_checkpoint()`, which does not look whether it is damaged.
-        resume_from=latest_checkpoint(run),
+        _report,
         say=say,
         stream=StreamReader,
         evaluated_beside=True,
+        must_leave=_machine_is_about_to_go,
     )
     try:
         return loop.run()
@@ -291,6 +432,17 @@ def train_worker(spec: dict[str, Any]) -> str:
         if loop.workers.size > 1:  # The others wait for this one: only a restart frees them.
             raise
         return DOES_NOT_FIT + str(error)
+    except RefusedError as error:
+        return REFUSED + str(error)
+
+
+def _machine_is_about_to_go() -> bool:
+    """Whether Ray was told that this group loses a machine (`ray drain-node`).
+
+    Ray's public `get_preemption_info` makes all workers wait for each other; this is asked at every
+    step, and told to the others with the losses.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _share_of_cores(config: RunConfig) -> int:
@@ -307,23 +459,12 @@ def _share_of_cores(config: RunConfig) -> int:
     return max(1, (cores - (config.eval.mode == "async")) // sharing)
 
 
-def _report_to(run: Folder) -> Report:
-    """A report to Ray Train, whose checkpoints never take the place of others.
-
-    A run that resumed before a damaged checkpoint comes by its step again; Ray still counts the
-    damaged one, and would delete the new one in its stead if both had one name.
-    """
-
-    def report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
-        name = f"checkpoint_{metrics['step']:09d}"
-        if checkpoint and run.exists(name):
-            name += f"_{uuid.uuid4().hex[:4]}"
-        # Of the workers' names, Ray takes the main worker's.
-        ray.train.report(
-            metrics,
-            ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None,
-            checkpoint_dir_name=name,
-            validation=bool(checkpoint) and metrics["awaits_fid"],
-        )
-
-    return report
+def _report(metrics: dict[str, Any], checkpoint: Folder | None, /) -> None:
+    """Tell Ray Train how far a run is, and of a checkpoint that was written."""
+    ray.train.report(
+        metrics,
+        ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem) if checkpoint else None,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        delete_local_checkpoint_after_upload=False,
+        validation=bool(checkpoint) and metrics["awaits_fid"],
+    )

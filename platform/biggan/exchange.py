@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from biggan.code_version import code_version
 from biggan.errors import UserError
 from biggan.interop import (
     BN_EPS,
@@ -44,7 +45,6 @@ from biggan.models import (
 from biggan.networks import Discriminator, Generator
 from biggan.parallel import Workers
 from biggan.promotion import class_columns
-from biggan.runs import code_version
 from biggan.storage import Folder, absolute
 
 Format = Literal["biggan-pytorch", "biggan-deep-hf"]

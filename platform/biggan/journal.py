@@ -9,15 +9,18 @@ time since the row before that passed outside of steps: evaluations, checkpoints
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,7 +31,7 @@ from biggan.config import RunConfig
 from biggan.guard import Reading, sigma_growth
 from biggan.metrics.fid import FID
 from biggan.runs import METRICS, SIGNALS, fid_row, read_rows
-from biggan.storage import Folder
+from biggan.storage import Folder, insist
 
 ROW_EVERY_KIMG = 1.0
 LINE_EVERY_SECONDS = 5.0
@@ -50,6 +53,34 @@ def sheet_file(kimg: float) -> str:
     return f"samples/{kimg:09.1f}kimg.png"
 
 
+class Rows:
+    """A file on this machine that rows are appended to, each whole or not at all."""
+
+    def __init__(self, path: Path, patience: float) -> None:
+        """`patience`: the seconds to wait for room on a full disk."""
+        self.path, self.patience = path, patience
+        self._file = path.open("ab", buffering=0)
+        self._end = path.stat().st_size
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; raises `UnavailableError` if there is no room for it."""
+        insist(f"writing {self.path}", self.patience, lambda: self._write(json.dumps(row)))
+
+    def _write(self, text: str) -> None:
+        line = text.encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(self._end)
+            raise
+        self._end += len(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class Journal:
     """Writes into a run's folder, and prints.
 
@@ -65,11 +96,10 @@ class Journal:
         self.run = run
         self._say = say or (lambda _line: None)
         self._temporary = None if run.is_local else tempfile.TemporaryDirectory()
-        self._local = Path(self._temporary.name if self._temporary else run.path)
-        (self._local / "samples").mkdir(parents=True, exist_ok=True)
+        self._local = Folder(self._temporary.name, run.patience) if self._temporary else run
         self._metrics = self._take_up(METRICS, step)
         self._signal_rows = self._take_up(SIGNALS, step)
-        self._tensorboard = SummaryWriter(str(self._local), purge_step=step + 1)
+        self._tensorboard = SummaryWriter(self._local.path, purge_step=step + 1)
         self._line_time = self._start_time = time.monotonic()
         self._seconds_since_line = self._waited_since_line = 0.0
         self._row_time, self._seconds_since_row = self._start_time, 0.0
@@ -77,12 +107,12 @@ class Journal:
         what = f"resuming at {self._kimg(step):g} of" if step else "starting a run of"
         self._say(f"{run.name}: {what} {config.total_kimg:g} kimg on {config.dataset}")
 
-    def _take_up(self, name: str, step: int) -> TextIO:
+    def _take_up(self, name: str, step: int) -> Rows:
         """A file of rows, to be appended to, without those beyond `step`."""
         kept = [row for row in read_rows(self.run, name) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        Folder(str(self._local)).write_bytes(name, text.encode())
-        return (self._local / name).open("a")
+        self._local.write_bytes(name, text.encode())
+        return Rows(Path(self._local.path) / name, self.run.patience)
 
     def _kimg(self, step: int) -> float:
         return step * self.config.step_images / 1000
@@ -127,8 +157,7 @@ class Journal:
         row["stall"] = self._stall()
         if fid:
             row |= fid_row(fid)
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        self._metrics.append(row)
         for name, value in row.items():
             if name not in ("step", "time", "fid_extractor", "fid_protocol"):
                 tag = f"fid/{fid.protocol.extractor}" if fid and name == "fid" else name
@@ -154,8 +183,7 @@ class Journal:
             "sigma_growth_layer": layer,
             "sigma": now.sigma,
         }
-        self._signal_rows.write(json.dumps(row) + "\n")
-        self._signal_rows.flush()
+        self._signal_rows.append(row)
         for name in ("class_variance", "sigma_growth"):
             self._tensorboard.add_scalar(f"guard/{name}", row[name], step)
         for name, value in now.sigma.items():
@@ -183,7 +211,9 @@ class Journal:
 
     def sample_sheet(self, image: Image.Image, step: int) -> None:
         """Save a sample sheet as `samples/KIMG.png` and in TensorBoard."""
-        image.save(self._local / sheet_file(self._kimg(step)))
+        picture = io.BytesIO()
+        image.save(picture, "PNG")
+        self._local.write_bytes(sheet_file(self._kimg(step)), picture.getbuffer())
         pixels = np.atleast_3d(np.asarray(image))
         self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
 
@@ -191,7 +221,8 @@ class Journal:
         """Make everything written so far safe in storage."""
         self._tensorboard.flush()
         if self._temporary:
-            self.run.upload(self._local)
+            self.run.upload(Path(self._local.path))
+            (self._local / "samples").delete()  # Those will not change any more.
 
     def close(self, step: int, reason: str, standing: Standing) -> None:
         """Say how the run ended, and release files."""

@@ -9,9 +9,10 @@ where the uninterrupted one would have.
 from __future__ import annotations
 
 import math
-import tempfile
+import socket
 import time
-from pathlib import Path
+import uuid
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,8 @@ from PIL import Image
 from torch import nn
 
 from biggan import checkpoint
-from biggan.checkpoint import CheckpointInfo, Rollback, Standing
+from biggan.checkpoint import CheckpointInfo, Rollback, Snapshot, Standing
+from biggan.claim import Writer
 from biggan.config import ConfigError, RunConfig
 from biggan.data.batches import Batches, Prefetch
 from biggan.data.dataset import Dataset, Progress
@@ -42,13 +44,16 @@ from biggan.networks import Generator
 from biggan.parallel import Workers
 from biggan.pixels import sheet
 from biggan.runs import (
+    bring_in_unsaved,
     checkpoints,
+    delete_unfinished,
     good_checkpoint,
     latest_checkpoint,
     read_rollbacks,
     remember_rollbacks,
+    unsaved,
 )
-from biggan.storage import Folder
+from biggan.storage import Folder, UnavailableError
 from biggan.training import StepInputs, TrainStep, build
 
 WORST_FID = 1e6
@@ -56,13 +61,17 @@ WORST_FID = 1e6
 since no comparison holds with NaN and early stopping would never stop such a run."""
 
 
+PREEMPTED = "preempted"
+"""Why a run ended here that is to go on elsewhere."""
+
+
 class Report(Protocol):
-    """Receives metrics and, on the main worker, a folder whose copy is to be kept as a checkpoint.
+    """Receives metrics and, on the main worker, the checkpoint that was just written.
 
     Every worker calls it equally often, always with the same keys.
     """
 
-    def __call__(self, metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
+    def __call__(self, metrics: dict[str, Any], checkpoint: Folder | None, /) -> None:
         """Take one report."""
 
 
@@ -81,11 +90,10 @@ class KeepCheckpoints:
         """Keep `keep` checkpoints of `run`, and the latest."""
         self.run, self.keep = run, keep
 
-    def __call__(self, metrics: dict[str, Any], folder: Path | None, /) -> None:
+    def __call__(self, _metrics: dict[str, Any], written: Folder | None, /) -> None:
         """Take one report."""
-        if folder is None:
+        if written is None:
             return
-        (self.run / f"checkpoint_{metrics['step']:09d}").upload(folder)
         infos = checkpoints(self.run)
         ranked = sorted(infos, key=lambda name: (infos[name].fid or WORST_FID, -infos[name].step))
         for name in set(ranked[self.keep :]) - {list(infos)[-1]}:
@@ -127,6 +135,10 @@ class CollapsedError(StopError):
     kind = "collapsed"
 
 
+class RefusedError(UnavailableError):
+    """Storage took no checkpoint; raised on all workers together."""
+
+
 class StepOutOfMemoryError(MemoryError):
     """A training step found no room."""
 
@@ -141,16 +153,17 @@ class TrainingLoop:
         run: Folder,
         workers: Workers,
         report: Report,
-        resume_from: Folder | None = None,
         say: Progress | None = print_line,
         stream: OpenStream | None = None,
         evaluated_beside: bool = False,
+        must_leave: Callable[[], bool] = lambda: False,
     ) -> None:
         """`say` receives progress lines, on the main worker; None is silence.
 
         `stream` reads what is not to be in memory; `evaluated_beside`: whoever takes the reports
-        sees to the FID of checkpoints that await one. Raises `ConfigError` if the configuration
-        does not fit the dataset or the workers.
+        sees to the FID of checkpoints that await one; `must_leave`: whether this worker's machine
+        is about to go. Raises `ConfigError` if the configuration does not fit the dataset or the
+        workers.
         """
         if config.eval.mode == "async" and not evaluated_beside:
             raise ConfigError(
@@ -169,9 +182,12 @@ class TrainingLoop:
         self.say = say
         self.stream = stream
         self.prefetch: Prefetch | None = None
+        self.must_leave = must_leave
+        self.leaving = False
         self.waited = 0.0
         self.standing = Standing()
-        self._begin(resume_from)
+        self.writer = Writer(run) if workers.is_main else None
+        self._begin(self._latest())
         self.guard = Guard(config, dataset, workers)
         inline = config.eval.mode == "inline"
         self.evaluator = open_evaluator(dataset, config.eval, workers.device) if inline else None
@@ -198,6 +214,16 @@ class TrainingLoop:
         self.prefetch = Prefetch(batches, self.state.step)
         self.train_step = TrainStep(self.config, self.state, self.workers)
 
+    def _latest(self) -> Folder | None:
+        """The checkpoint to go on from, the same for all workers."""
+        latest = None
+        if self.workers.is_main:
+            bring_in_unsaved(self.run_folder)
+            delete_unfinished(self.run_folder)
+            latest = latest_checkpoint(self.run_folder)
+        name = self.workers.agree(latest.name if latest else "")
+        return self.run_folder / name if name else None
+
     def _open_journal(self) -> Journal | None:
         if not self.workers.is_main:
             return None
@@ -211,8 +237,9 @@ class TrainingLoop:
     def run(self) -> str:
         """Train to the end; returns why it ended.
 
-        "finished", "patience", "diverged: ..." or "collapsed: ...". Raises `DoesNotFitError` if a
-        micro-batch does not fit in memory.
+        "finished", "patience", "preempted", "diverged: ..." or "collapsed: ...". Raises
+        `DoesNotFitError` if a micro-batch does not fit in memory, `RefusedError` on all workers if
+        storage takes no checkpoint, and `ClaimError` if another has become the run's writer.
         """
         try:
             return self._run()
@@ -237,6 +264,9 @@ class TrainingLoop:
                 memory_error = str(error)
             if memory_error:  # Outside the clause, which holds on to the tensors of the step.
                 self._accumulate_more(memory_error)
+            if self.leaving and not self._reason_to_stop():
+                reason = PREEMPTED
+                break
         if self.journal:
             self.journal.close(self.state.step, reason, self.standing)
         return reason
@@ -254,7 +284,7 @@ class TrainingLoop:
             self.journal.step(self.state.step, measured, took, fid, self.standing, signals, due)
         if collapse and self.config.guard != "off":
             raise CollapsedError(f"{collapse}, at {self.state.kimg:g} kimg")
-        if due or self._due(self.config.checkpoint.every_kimg):
+        if due or self.leaving or self._due(self.config.checkpoint.every_kimg):
             self._checkpoint(fid, awaits_fid=due and not self.evaluator)
 
     def _roll_back(self, signal: str) -> bool:
@@ -267,7 +297,8 @@ class TrainingLoop:
         target = self.run_folder / name if name else None
         to_step = CheckpointInfo.read(target).step if target else 0
         back = Rollback(from_step=from_step, to_step=to_step, signal=signal)
-        if self.journal:
+        if self.journal and self.writer:
+            self.writer.check()
             self.journal.leave()
             # An interruption from here on must not lead back to what is left behind.
             remember_rollbacks(self.run_folder, [*rollbacks, back])
@@ -313,7 +344,7 @@ class TrainingLoop:
             if not alone:
                 raise DoesNotFitError(f"{advice}; restarting with it")
             self.config = with_accumulation(self.config, accumulation)
-            self._begin(latest_checkpoint(self.run_folder))
+            self._begin(self._latest())
             self.journal = self._open_journal()
             if self.say:
                 self.say(
@@ -353,8 +384,13 @@ class TrainingLoop:
             if is_out_of_memory(error):
                 raise StepOutOfMemoryError(str(error).splitlines()[0]) from None
             raise
-        means = self.workers.sum(torch.stack(list(local.values()))) / self.workers.size
-        losses = dict(zip(local, means.tolist(), strict=True))
+        # What one worker is told all learn with the losses, after the same step.
+        values = list(local.values())
+        leave = torch.full_like(values[0], float(self.must_leave()))
+        sums = self.workers.sum(torch.stack([*values, leave]))
+        *means, leave_mean = (sums / self.workers.size).tolist()
+        self.leaving = leave_mean > 0
+        losses = dict(zip(local, means, strict=True))
         self.guard.count(self.standing.guard, losses)
         # The mean over workers is the same on all of them, so all of them stop together.
         for name, value in losses.items():
@@ -401,17 +437,43 @@ class TrainingLoop:
         self.standing.seconds = time.monotonic() - self._started
         measured = fid.value if fid else WORST_FID
         metrics = self._metrics(measured, self._reason_to_stop(), awaits_fid=awaits_fid)
-        if not self.workers.is_main:
-            self.report(metrics, None)
-            return
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            checkpoint.save(
-                folder, self.state, seed=self.config.seed, standing=self.standing, fid=fid
-            )
+        written, refused = None, ""
+        if self.workers.is_main:
+            written = self.run_folder / self._new_name()
+            refused = self._write(written, fid)
+        if refused := self.workers.agree(refused):
+            raise RefusedError(refused)
+        self.report(metrics, written)
+
+    def _new_name(self) -> str:
+        """A name for a checkpoint, that none has: one of this step may be there, damaged."""
+        name = f"checkpoint_{self.state.step:09d}"
+        taken = self.run_folder.exists(name)
+        return f"{name}_{uuid.uuid4().hex[:4]}" if taken else name
+
+    def _write(self, folder: Folder, fid: FID | None) -> str:
+        """Write a checkpoint and the journal; what storage said if it did not take them.
+
+        Then the state is kept on this machine, for the same command to go on from.
+        """
+        snapshot = Snapshot.take(self.state, seed=self.config.seed, standing=self.standing, fid=fid)
+        try:
+            if self.writer:
+                self.writer.check()
             if self.journal:
                 self.journal.flush()
-            self.report(metrics, folder)
+            snapshot.write(folder)
+        except UnavailableError as error:
+            aside = unsaved(self.run_folder) / folder.name
+            try:
+                snapshot.write(aside)
+            except OSError as also:
+                return f"{error}; nor is there room for the run's state in {aside}: {also}"
+            return (
+                f"{error}. The run's state at {self.state.kimg:g} kimg is kept in {aside} on"
+                f" {socket.gethostname()}: the same command goes on from it once storage answers"
+            )
+        return ""
 
     def _metrics(
         self, checkpoint_fid: float, stop_reason: str, *, awaits_fid: bool = False

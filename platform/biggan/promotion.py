@@ -17,6 +17,7 @@ from biggan.candidates import (
     collect_standing_statistics,
     load_checkpoint,
 )
+from biggan.code_version import code_version
 from biggan.config import RunConfig
 from biggan.data.dataset import open_dataset
 from biggan.errors import UserError
@@ -25,7 +26,7 @@ from biggan.metrics.protocol import differences, digest
 from biggan.models import BEST, ModelCard, ModelStore, load_card
 from biggan.networks import Generator
 from biggan.parallel import Workers
-from biggan.runs import RECORD, best_checkpoint, code_version
+from biggan.runs import RECORD, best_checkpoint
 from biggan.storage import Folder, StorageError, locate
 
 

@@ -7,24 +7,22 @@ TensorBoard events, `samples/*.png` and `checkpoint_*/`.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import platform
-import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from biggan.checkpoint import DESCRIPTION, STATE, CheckpointInfo, Rollback, is_undamaged
+from biggan.code_version import code_version, package_version
 from biggan.config import CollapseConfig, ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo
 from biggan.metrics.fid import FID
 from biggan.metrics.protocol import digest
-from biggan.storage import Folder, StorageError
+from biggan.storage import Folder, StorageError, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ class RunRecord(BaseModel):
             dataset=dataset.model_copy(update={"rejected": []}),
             code=code_version(),
             packages={"python": platform.python_version()}
-            | {name: _version(name) for name in names},
+            | {name: package_version(name) for name in names},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -169,11 +167,40 @@ def good_checkpoint(folder: Folder, before_step: int) -> str:
 
 def latest_checkpoint(folder: Folder) -> Folder | None:
     """A run's newest undamaged checkpoint, to resume from; None if there is none."""
+    for name in sorted(set(folder.children()) - set(checkpoints(folder))):
+        if name.startswith("checkpoint_") and (folder / name).is_folder():
+            logger.warning("%s is not whole; it is not used", folder / name)
     for name in reversed(_on_course(folder)):
         if is_undamaged(folder / name):
             return folder / name
         logger.warning("%s is damaged; resuming from the checkpoint before", folder / name)
     return None
+
+
+def unsaved(folder: Folder) -> Folder:
+    """Where this machine keeps the state of a run that its storage refused to take."""
+    place = hashlib.sha256(folder.uri.encode()).hexdigest()[:8]
+    return Folder(str(cache_folder() / "unsaved" / f"{folder.name}-{place}"))
+
+
+def delete_unfinished(folder: Folder) -> None:
+    """Delete what an interrupted writer left of checkpoints that it did not come to describe."""
+    for name in folder.children():
+        draft = folder / name
+        if name.startswith("checkpoint_") and draft.is_folder() and not draft.exists(DESCRIPTION):
+            logger.warning("%s was not written to its end; it is deleted", draft)
+            draft.delete()
+
+
+def bring_in_unsaved(folder: Folder) -> None:
+    """Give a run the state that this machine kept for it, unless others have gone on since."""
+    kept = unsaved(folder)
+    there = max((info.step for info in checkpoints(folder).values()), default=-1)
+    for name, info in checkpoints(kept).items():
+        if info.step > there and is_undamaged(kept / name):
+            for file in (STATE, DESCRIPTION):
+                (folder / name).write_bytes(file, (kept / name).read_bytes(file))
+    kept.delete()
 
 
 def best_checkpoint(folder: Folder) -> tuple[Folder, CheckpointInfo]:
@@ -223,32 +250,11 @@ def fid_row(fid: FID) -> dict[str, Any]:
 
 
 def read_rows(folder: Folder, name: str) -> list[dict[str, Any]]:
-    """A file of one JSON object a line; none if nothing was written yet."""
+    """A file of one JSON object a line; none if nothing was written yet.
+
+    A last line without its end was being written when its writer was killed, and does not count.
+    """
     if not folder.exists(name):
         return []
-    return [json.loads(line) for line in folder.read_bytes(name).splitlines()]
-
-
-def code_version() -> dict[str, str]:
-    """The package's version and, in a git checkout, its commit and a hash of what differs."""
-    version = {"version": _version("biggan-platform")}
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> bytes:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
-
-    try:
-        version["commit"] = git("rev-parse", "HEAD").decode().strip()
-        difference = git("diff", "HEAD", "--", ".")
-    except (OSError, subprocess.CalledProcessError):
-        return version  # Installed from a wheel, or shipped to a cluster without its history.
-    if difference:
-        version["diff_sha256"] = hashlib.sha256(difference).hexdigest()
-    return version
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    whole, _, _ = folder.read_bytes(name).rpartition(b"\n")
+    return [json.loads(line) for line in whole.splitlines()]

@@ -12,29 +12,28 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
+from biggan.claim import claimed
 from biggan.cluster import connect, largest_node, own_device
 from biggan.config import ConfigError, RunConfig
 from biggan.data.dataset import DatasetInfo, open_dataset, read_info
 from biggan.data.reading import with_settled_mode
 from biggan.data.stream import StreamReader
-from biggan.distributed import Scaling, check_fit, ray_run_config, train_worker, worker_spec
+from biggan.distributed import Scaling, check_fit, fit
 from biggan.evaluation import EVALUATION, ensure_reference, evaluate
 from biggan.loop import KeepCheckpoints, Report, TrainingLoop
 from biggan.metrics.protocol import differences
 from biggan.metrics.report import Evaluation
 from biggan.parallel import Workers
-from biggan.runs import best_checkpoint, latest_checkpoint, open_run
-from biggan.storage import Folder, locate
+from biggan.runs import best_checkpoint, open_run
+from biggan.storage import Folder, locate, training_patience
 from biggan.trials import LiveTable, SweepResult, summarize, trial_folder
 
 Space = Mapping[str, Domain | str]
@@ -156,7 +155,8 @@ def sweep(
     `default_space` is searched; any field can be, but those that FIDs are compared by (`SHARED`).
     Finished trials of an interrupted sweep are kept, unfinished ones resume from their checkpoints.
     Raises `ConfigError` for an unknown or shared field, a value no run could have, or a sweep of
-    that name with another plan; `StorageError` if there is no such dataset.
+    that name with another plan; `StorageError` if there is no such dataset; `ClaimError` if another
+    command is at this sweep.
     """
     search = search or Search()
     # Every report of a trial carries an FID of its own, and every checkpoint one as well.
@@ -174,16 +174,17 @@ def sweep(
     info = read_info(config, root)
     _check_space(config, domains, info, search)
     folder = locate("sweeps", name, root)
-    _open_plan(folder, config, domains, search, info)
-    connect()
-    ensure_reference(config, dataset)
-    _quiet_tune()
-    trial = _trial(config, dataset, info, folder, search)
-    if tune.Tuner.can_restore(folder.uri):
-        tuner = tune.Tuner.restore(folder.uri, trial, resume_errored=True, param_space=domains)
-    else:
-        tuner = _new_tuner(trial, config, domains, folder, search)
-    return summarize(folder, config, list(domains), tuner.fit(), _noise(search, root))
+    with claimed(folder, "searched"):
+        _open_plan(folder, config, domains, search, info)
+        connect()
+        ensure_reference(config, dataset)
+        _quiet_tune()
+        trial = _trial(config, dataset, info, folder, search)
+        if tune.Tuner.can_restore(folder.uri):
+            tuner = tune.Tuner.restore(folder.uri, trial, resume_errored=True, param_space=domains)
+        else:
+            tuner = _new_tuner(trial, config, domains, folder, search)
+        return summarize(folder, config, list(domains), tuner.fit(), _noise(search, root))
 
 
 def _noise(search: Search, root: str | None) -> Callable[[Folder], float | None]:
@@ -295,24 +296,16 @@ def _trial(
             run,
             workers,
             _report_keeping(run, trial_config.checkpoint.keep),
-            resume_from=latest_checkpoint(run),
             say=None,
             stream=StreamReader,
         ).run()
 
     def in_group(values: dict[str, Any]) -> None:
         run, trial_config = _begin_trial(config, info, folder, values)
-        scaling = Scaling(search.workers_per_trial, bool(gpus), search.cpus_per_worker)
-        TorchTrainer(
-            train_worker,  # type: ignore[arg-type]
-            train_loop_config=worker_spec(
-                trial_config, dataset, run, scaling.cpus_per_worker, quiet=True
-            ),
-            scaling_config=scaling.to_ray(),
-            run_config=ray_run_config(
-                trial_config, run, scaling.max_failures, callbacks=[TuneReportCallback()]
-            ),
-        ).fit()
+        scaling = Scaling(
+            search.workers_per_trial, gpu=bool(gpus), cpus_per_worker=search.cpus_per_worker
+        )
+        fit(trial_config, dataset, run, scaling, callbacks=[TuneReportCallback()], quiet=True)
 
     if search.workers_per_trial > 1:
         return tune.with_resources(in_group, {"cpu": 0.01})  # The group's workers take their own.
@@ -323,7 +316,8 @@ def _begin_trial(
     config: RunConfig, info: DatasetInfo, folder: Folder, values: dict[str, Any]
 ) -> tuple[Folder, RunConfig]:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # It announces every checkpoint.
-    run = folder / trial_folder(tune.get_context().get_trial_id())
+    patient = Folder(folder.uri, training_patience())
+    run = patient / trial_folder(tune.get_context().get_trial_id())
     return run, open_run(run, config.override(values), info)
 
 
@@ -336,7 +330,7 @@ def _report_keeping(run: Folder, keep: int) -> Report:
     """
     keeper = KeepCheckpoints(run, keep)
 
-    def report(metrics: dict[str, Any], checkpoint: Path | None, /) -> None:
+    def report(metrics: dict[str, Any], checkpoint: Folder | None, /) -> None:
         keeper(metrics, checkpoint)
         tune.report(metrics)
 

@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from pyarrow import fs
 
 from biggan.errors import UserError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 DEFAULT_ROOT = "./storage"
+PATIENCE = "BIGGAN_STORAGE_PATIENCE"
+"""Variable for the seconds that training waits for storage which refuses, or is full."""
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable that Ray sets for a command run by `ray job submit`."""
 Kind = Literal["datasets", "runs", "sweeps", "models"]
@@ -35,6 +42,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 class StorageError(UserError):
     """A name or place in storage that cannot be used, or does not hold what was asked for."""
+
+
+class UnavailableError(StorageError):
+    """Storage that refused for longer than anybody has patience."""
+
+    resumable = True
 
 
 def absolute(path: str) -> str:
@@ -84,15 +97,58 @@ def locate(kind: Kind, name: str, root: str | None = None) -> Folder:
     return Folder(storage_root(root)) / kind / check_name(name)
 
 
+def training_patience() -> float:
+    """Seconds that training waits for storage: $BIGGAN_STORAGE_PATIENCE, by default 5 minutes."""
+    return float(os.environ.get(PATIENCE) or 300)
+
+
+def insist(where: str, patience: float, operation: Callable[[], T]) -> T:
+    """What `operation` gives; while it fails, it is tried again in ever longer intervals.
+
+    Raises `UnavailableError`, which names `where`, after `patience` seconds; without patience what
+    the operation raised, and always what is no refusal: that a file is not there, or is a folder.
+    """
+    deadline, pause = time.monotonic() + patience, 0.5
+    while True:
+        try:
+            return operation()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError):
+            raise
+        except OSError as error:
+            if not patience:
+                raise
+            if (left := deadline - time.monotonic()) <= 0:
+                raise UnavailableError(f"{where} failed for {patience:g} s: {error}") from error
+            print(f"{where}: {error}; trying again for {left:.0f} s", flush=True)
+            # Not all workers of a cluster at the same moment.
+            time.sleep(min(pause * random.uniform(0.5, 1.5), left))
+            pause = min(2 * pause, 15)
+
+
+def _insisting(
+    method: Callable[Concatenate[Folder, P], T],
+) -> Callable[Concatenate[Folder, P], T]:
+    """An operation of a folder, tried for as long as the folder has patience."""
+
+    @wraps(method)
+    def patient(folder: Folder, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return insist(f"storage {folder}", folder.patience, lambda: method(folder, *args, **kwargs))
+
+    return patient
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder in storage. `uri` is an absolute local path or a URI, query part included."""
 
     uri: str
+    patience: float = field(default=0.0, compare=False)
+    """Seconds that an operation is tried again for, if storage refuses it; then it raises
+    `UnavailableError`."""
 
     def __truediv__(self, child: str) -> Folder:
         base, mark, query = self.uri.partition("?")
-        return Folder(f"{base.rstrip('/')}/{child}{mark}{query}")
+        return Folder(f"{base.rstrip('/')}/{child}{mark}{query}", self.patience)
 
     def __str__(self) -> str:
         return self.uri
@@ -106,7 +162,7 @@ class Folder:
     def parent(self) -> Folder:
         """The folder that holds this one."""
         base, mark, query = self.uri.partition("?")
-        return Folder(f"{base.rstrip('/').rsplit('/', 1)[0]}{mark}{query}")
+        return Folder(f"{base.rstrip('/').rsplit('/', 1)[0]}{mark}{query}", self.patience)
 
     @cached_property
     def _resolved(self) -> tuple[fs.FileSystem, str]:
@@ -148,14 +204,17 @@ class Folder:
         """A file's size in bytes; 0 if there is none."""
         return self._info(file).size or 0
 
+    @_insisting
     def _info(self, file: str) -> fs.FileInfo:
         return self.filesystem.get_file_info(f"{self.path}/{file}".rstrip("/"))
 
+    @_insisting
     def children(self) -> list[str]:
         """Names of the files and folders directly within, sorted; empty if there is no folder."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
+    @_insisting
     def read_bytes(self, file: str) -> bytes:
         """A file's content; raises FileNotFoundError if there is none."""
         with self.filesystem.open_input_stream(f"{self.path}/{file}", compression=None) as stream:
@@ -170,27 +229,35 @@ class Folder:
         except ValueError as error:
             raise StorageError(f"{self}/{file} is damaged: {error}") from None
 
-    def write_bytes(self, file: str, content: bytes) -> None:
+    @_insisting
+    def write_bytes(self, file: str, content: bytes | memoryview) -> None:
         """Create or replace a file in one atomic step, making folders as needed."""
         path = f"{self.path}/{file}"
         self.filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
         # Object stores show an object only once it is complete; a local file needs a rename.
         target = f"{path}.{uuid.uuid4().hex}.tmp" if self.is_local else path
-        with self.filesystem.open_output_stream(target, compression=None) as stream:
-            stream.write(content)
-        if target != path:
-            Path(target).replace(path)
+        try:
+            with self.filesystem.open_output_stream(target, compression=None) as stream:
+                stream.write(content)
+            if target != path:
+                Path(target).replace(path)
+        except OSError:
+            if target != path:  # On a full disk, what was written of it only takes up room.
+                Path(target).unlink(missing_ok=True)
+            raise
 
     def write_json(self, file: str, content: Any) -> None:
         """Create or replace a JSON file in one atomic step. NaN and infinities are refused."""
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         self.write_bytes(file, text.encode() + b"\n")
 
+    @_insisting
     def delete(self) -> None:
         """Delete the folder and all in it; nothing happens if there is none."""
         if self.exists():
             self.filesystem.delete_dir(self.path)
 
+    @_insisting
     def delete_file(self, file: str) -> None:
         """Delete a file; nothing happens if there is none."""
         if self.exists(file):
@@ -206,6 +273,7 @@ class Folder:
             fs.copy_files(self.path, temporary, source_filesystem=self.filesystem)
             yield Path(temporary)
 
+    @_insisting
     def upload(self, local: Path) -> None:
         """Copy a local folder's content into this one."""
         self.filesystem.create_dir(self.path, recursive=True)

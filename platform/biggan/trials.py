@@ -52,6 +52,10 @@ def trial_folder(trial_id: str) -> str:
     return "trial_" + trial_id.rsplit("_", 1)[-1]
 
 
+ROWS_SHOWN = 40
+"""Trials in the table of a sweep that goes on: those that run, and the best of the others."""
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """What a sweep found."""
@@ -149,7 +153,10 @@ class LiveTable(tune.Callback):
             values = {name: trial.config.get(name) for name in self.parameters}
             row = {"trial": trial_folder(trial.trial_id), **values, "kimg": last.get("kimg", 0.0)}
             rows.append({**row, "fid": last.get("best_fid", WORST_FID), "status": status})
-        return render(pd.DataFrame(rows), title)
+        if (more := len(rows) - ROWS_SHOWN) > 0:  # Drawing hundreds takes as long as it may last.
+            rows = sorted(rows, key=lambda row: (row["status"] != "running", row["fid"]))
+            title += f"; {more} of them not shown"
+        return render(pd.DataFrame(rows[:ROWS_SHOWN]), title)
 
 
 def render(frame: pd.DataFrame, title: str) -> Table:

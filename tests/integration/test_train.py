@@ -14,9 +14,9 @@ from conftest import job, tiny
 import biggan
 from biggan.checkpoint import STATE
 from biggan.config import ConfigError
-from biggan.distributed import Scaling
+from biggan.distributed import SNAPSHOT, Scaling, mend_snapshot
 from biggan.runs import checkpoints, read_metrics
-from biggan.storage import StorageError, locate
+from biggan.storage import Folder, StorageError, locate
 
 CONFIG = tiny(
     total_kimg=3.84,  # 60 steps
@@ -114,3 +114,32 @@ def test_mistakes_in_a_notebook(digits):
         biggan.train(CONFIG.override({"dataset": "nowhere"}), "lost")
     with pytest.raises(ConfigError, match="workers = 0: must be 1 or more"):
         Scaling(workers=0)
+    with pytest.raises(ConfigError, match="min_workers = 3: must be from 0 to workers = 2"):
+        Scaling(workers=2, min_workers=3)
+    with pytest.raises(ConfigError, match="does not divide among 3 workers"):
+        biggan.train(CONFIG, "odd", scaling=Scaling(workers=4, min_workers=3))
+
+
+def test_elastic_groups_have_sizes_among_which_the_batch_divides():
+    config = tiny(optim__batch_size=96, optim__accumulation=2)
+    assert Scaling(workers=16, min_workers=4).sizes(config) == [4, 6, 8, 12, 16]
+    assert Scaling(workers=8).sizes(config) == [8]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"checkpoint_results": [', b"[]"])
+def test_half_a_list_of_checkpoints_is_begun_anew(tmp_path, content):
+    run = Folder(str(tmp_path))
+    run.write_bytes(SNAPSHOT, content)
+    mend_snapshot(run)
+    assert not run.exists(SNAPSHOT)
+
+
+def test_a_list_is_kept_while_its_checkpoints_are_there(tmp_path):
+    run, name = Folder(str(tmp_path)), "checkpoint_000000005"
+    run.write_json(SNAPSHOT, {"checkpoint_results": [{"checkpoint_dir_name": name}]})
+    run.write_bytes(f"{name}/{STATE}", b"")
+    mend_snapshot(run)
+    assert run.exists(SNAPSHOT)
+    (run / name).delete()
+    mend_snapshot(run)
+    assert not run.exists(SNAPSHOT)

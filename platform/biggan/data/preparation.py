@@ -19,10 +19,10 @@ import ray
 import ray.data
 import torch
 
+from biggan.claim import claimed
 from biggan.cluster import connect, largest_node, own_device, quiet_ray_data, result
 from biggan.data import checks
 from biggan.data.checks import Checks, Colours
-from biggan.data.claim import claimed
 from biggan.data.dataset import DESCRIPTION, Dataset, DatasetInfo, Progress, Rejected
 from biggan.data.plan import Plan, Preparation, PreparationError, plan_key
 from biggan.data.progress import ImageProgress
@@ -71,7 +71,7 @@ def prepare(
     """
     folder = locate("datasets", name, root)
     source = open_source(preparation.source, preparation.options)
-    with claimed(folder) as claim:
+    with claimed(folder, "prepared") as claim:
         if not folder.exists(DESCRIPTION) and any(map(_is_foreign, folder.children())):
             raise PreparationError(
                 f"{folder} exists and is no prepared dataset: use another --name, or remove it"

@@ -7,19 +7,21 @@ import time
 
 import pytest
 
-from biggan.data import claim as claims
-from biggan.data.claim import Claim, ClaimError, claimed
+from biggan import claim as claims
+from biggan.claim import Claim, ClaimError, Writer, claimed
 from biggan.storage import Folder
 
 
 def test_the_second_is_told_who_was_first(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "BEAT", 0.2)
     pets = Folder(str(tmp_path / "pets"))
-    with claimed(pets) as claim:
-        second = claimed(pets)
-        with pytest.raises(ClaimError, match=rf"is being prepared.*process {os.getpid()} on"):
+    with claimed(pets, "prepared") as claim:
+        second = claimed(pets, "prepared")
+        with pytest.raises(
+            ClaimError, match=rf"is being prepared.*process {os.getpid()} of \w+ on .*, since 20"
+        ):
             second.__enter__()
-        with claimed(Folder(str(tmp_path / "others"))):  # Another name is free.
+        with claimed(Folder(str(tmp_path / "others")), "prepared"):  # Another name is free.
             claim.check()
     assert list(tmp_path.iterdir()) == []
 
@@ -33,7 +35,7 @@ def test_a_dead_process_claims_nothing(tmp_path):
     content = left.read() | {"pid": dead.pid}
     pets.parent.write_json(".pets.claim", content)
     begin = time.monotonic()
-    with claimed(pets):
+    with claimed(pets, "prepared"):
         assert time.monotonic() - begin < 2
 
 
@@ -42,7 +44,7 @@ def test_a_silent_one_elsewhere_is_taken_over_and_finds_out(tmp_path, monkeypatc
     pets = Folder(str(tmp_path / "pets"))
     other = Claim(pets.parent, ".pets.claim")
     pets.parent.write_json(".pets.claim", {"host": "elsewhere", "pid": 1, "token": other.token})
-    with claimed(pets), pytest.raises(ClaimError, match="has taken over"):
+    with claimed(pets, "prepared"), pytest.raises(ClaimError, match="has taken over"):
         other.check()
 
 
@@ -50,5 +52,15 @@ def test_a_silent_one_elsewhere_is_taken_over_and_finds_out(tmp_path, monkeypatc
 def test_a_damaged_claim_stops_nobody(tmp_path, monkeypatch, content):
     monkeypatch.setattr(claims, "BEAT", 0.1)
     (tmp_path / ".pets.claim").write_bytes(content)
-    with claimed(Folder(str(tmp_path / "pets"))):
+    with claimed(Folder(str(tmp_path / "pets")), "prepared"):
         pass
+
+
+def test_of_two_writers_the_first_may_write_no_more(tmp_path):
+    run = Folder(str(tmp_path / "run"))
+    first = Writer(run)
+    first.check()
+    second = Writer(run)
+    second.check()
+    with pytest.raises(ClaimError, match=rf"another worker by now \(process {os.getpid()}.* since"):
+        first.check()
