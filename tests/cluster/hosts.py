@@ -151,7 +151,8 @@ class Host:
         return done
 
     def kill(self) -> None:
-        """The power fails: its processes end all at once. What is left of it is its home."""
+        """The power fails: it falls silent, and what is left of it is its home."""
+        _sh(f"ip link set {self._port} down", check=False)  # It may be dead already.
         self._process.kill()
         self._process.wait()
         port = Path("/sys/class/net", self._port)

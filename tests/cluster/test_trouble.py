@@ -22,12 +22,12 @@ CONFIG = RunConfig().override(LONG)
 class Training:
     """A run of two workers, one on each worker host, as a job of its own."""
 
-    def __init__(self, on_prem, name):
+    def __init__(self, on_prem, name, scaling=""):
         self.on_prem, self.run = on_prem, locate("runs", name)
         self.job = f"{name}-{uuid.uuid4().hex[:4]}"
         train = f"jobs/train.py --name {name} {FLAGS} --scaling.workers 2"
         flags = "--no-wait", "--submission-id", self.job
-        on_prem.submit(f"{train} --scaling.cpus-per-worker 2", *flags)
+        on_prem.submit(f"{train} --scaling.cpus-per-worker 2 {scaling}", *flags)
 
     @property
     def newest(self):
@@ -79,13 +79,26 @@ def test_a_network_that_is_away_for_half_a_minute(on_prem, digits):
     on_prem.wait_for(*on_prem.hosts)
 
 
-def test_a_host_dies_and_is_up_again(on_prem, digits):
-    training = Training(on_prem, "death").underway()
+def test_a_host_dies_and_the_other_goes_on_alone(on_prem, digits):
+    training = Training(on_prem, "death", "--scaling.min-workers 1").underway()
     host, before = training.main_host(), training.newest
     host.kill()
-    host.start()
-    [resumed, *_] = training.finished()
+    [resumed] = training.finished()
     assert resumed * 1000 >= before * CONFIG.step_images
+    host.start()
+    on_prem.wait_for(*on_prem.hosts)
+
+
+def test_a_host_that_is_drained_is_left_with_a_checkpoint(on_prem, digits):
+    training = Training(on_prem, "drained", "--scaling.min-workers 1").underway()
+    address = training.main_host().address
+    [node] = [node for node, at in on_prem.alive().items() if at == address]
+    drain = f"drain-node --address {on_prem.head.address}:6379 --node-id {node}"
+    why = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message test"
+    on_prem.head.run(f"ray {drain} {why} --deadline-remaining-seconds 60")
+    [resumed, *_] = training.finished()
+    [left] = re.findall(r"preempted at (\S+)", on_prem.log(training.job))
+    assert resumed == float(left)  # Not one step was taken twice.
     on_prem.wait_for(*on_prem.hosts)
 
 
