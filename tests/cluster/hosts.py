@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -113,12 +114,12 @@ class Host:
         boot = [*ISOLATED.split(), "sh", "-c", BOOT, "boot", files, self.name, self.network.key]
         with self._log.open("a") as log:
             self._process = subprocess.Popen([*DIES_WITH_US, *boot], stdout=log, stderr=log)
-        own = Path("/proc/self/ns/net").readlink()
-        theirs = Path(f"/proc/{self._process.pid}/ns/net")
+        pid, own = self._process.pid, Path("/proc/self/ns/net").readlink()
+        theirs = Path(f"/proc/{pid}/ns/net")
         self._wait(lambda: theirs.readlink() != own)
-        _sh(f"ip link add {self._port} type veth peer name eth0 netns {self._process.pid}")
+        _sh(f"ip link add {self._port} type veth peer name eth0 netns {pid}")
         _sh(f"ip link set {self._port} master {BRIDGE} up")
-        inside = f"nsenter --net=/proc/{self._process.pid}/ns/net ip"
+        inside = f"nsenter --net=/proc/{pid}/ns/net ip"
         _sh(f"{inside} address add {self.address}/24 dev eth0")
         _sh(f"{inside} link set eth0 up")
         self._wait(lambda: self.run("true", check=False).returncode == 0)
@@ -152,14 +153,12 @@ class Host:
 
     def kill(self) -> None:
         """The power fails: it falls silent, and what is left of it is its home."""
-        _sh(f"ip link set {self._port} down", check=False)  # It may be dead already.
-        self._process.kill()
-        self._process.wait()
-        port = Path("/sys/class/net", self._port)
-        while (
-            port.exists()
-        ):  # It goes with the network that it leads to, when the last process has.
-            time.sleep(0.1)
+        _sh(f"ip link delete {self._port}", check=False)  # It may be dead already.
+        if self._process.poll() is None:
+            pid = self._process.pid
+            [first] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            os.kill(int(first), signal.SIGKILL)  # All others end before it does.
+            self._process.wait()
 
     def partition(self) -> None:
         """Unplug it from the network."""

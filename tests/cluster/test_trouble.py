@@ -97,8 +97,10 @@ def test_a_host_that_is_drained_is_left_with_a_checkpoint(on_prem, digits):
     why = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message test"
     on_prem.head.run(f"ray {drain} {why} --deadline-remaining-seconds 60")
     [resumed, *_] = training.finished()
-    [left] = re.findall(r"preempted at (\S+)", on_prem.log(training.job))
-    assert resumed == float(left)  # Not one step was taken twice.
+    log = on_prem.log(training.job)
+    left = re.findall(r"preempted at (\S+)", log)
+    assert len(left) == 1, log
+    assert resumed == float(left[0])  # Not one step was taken twice.
     on_prem.wait_for(*on_prem.hosts)
 
 
