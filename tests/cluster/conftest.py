@@ -51,18 +51,12 @@ def exports(network):
 def on_prem(network, exports, tmp_path_factory):
     """The cluster, up."""
     head, *workers = [network.host(name) for name in ("head", "one", "two")]
-    port = free_port()
-    home = tmp_path_factory.mktemp("operator")
-    cluster = OnPrem(home, head, workers, f"http://127.0.0.1:{port}")
+    cluster = OnPrem(tmp_path_factory.mktemp("operator"), head, workers)
     cluster.describe(network.key, exports)
     cluster.ray("get-auth-token --generate")
-    tunnel = subprocess.Popen([*DIES_WITH_US, *head.ssh("-N", "-L", f"{port}:127.0.0.1:8265")])
-    try:
-        cluster.up()
-        yield cluster
-    finally:
-        tunnel.kill()
-        tunnel.wait()
+    cluster.up()
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture(scope="session")

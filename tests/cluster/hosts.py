@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -26,11 +27,15 @@ DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 ISOLATED = "unshare --net --uts --mount --mount-proc --pid --fork --kill-child"
 BOOT = """
 set -e
-mount -t tmpfs tmpfs "$1"
-for place in "$HOME" /run /tmp; do
-  mkdir -p "$1$place.own" "$1$place.work"
-  mount -t overlay overlay "$place" -o "lowerdir=$place,upperdir=$1$place.own,workdir=$1$place.work"
-done
+own() {
+  mkdir -p "$2.own" "$2.work"
+  mount -t overlay overlay "$1" -o "lowerdir=$1,upperdir=$2.own,workdir=$2.work"
+}
+mkdir -p "$1/lost"
+own "$HOME" "$1/home"
+mount -t tmpfs tmpfs "$1/lost"
+own /run "$1/lost/run"
+own /tmp "$1/lost/tmp"
 mount -t tmpfs tmpfs /dev/shm
 mkdir -p /run/sshd
 hostname "$2"
@@ -38,7 +43,10 @@ ip link set lo up
 exec /usr/sbin/sshd -D -e -f /dev/null -h "$3" -o AuthorizedKeysFile="$3.pub" -o StrictModes=no \
   -o PidFile=none -o MaxStartups=100
 """
-"""Boots a host whose files lie in $1, named $2, with the key $3 as its own and its visitors'."""
+"""Boots a host whose files lie in $1, named $2, with the key $3 as its own and its visitors'.
+
+What it writes into its home outlives it, as on a disk.
+"""
 
 
 def missing() -> str:
@@ -91,7 +99,7 @@ class Network:
 
 
 class Host:
-    """A machine that can be spoken to by SSH, unplugged, killed, and replaced by a fresh one."""
+    """A machine that can be spoken to by SSH, unplugged, killed and booted again."""
 
     def __init__(self, network: Network, name: str, number: int) -> None:
         self.network, self.name = network, name
@@ -100,18 +108,18 @@ class Host:
         self._log = network.folder / f"{name}.log"
 
     def start(self) -> None:
-        """Boot it, with nothing of what it wrote before."""
+        """Boot it."""
         files = self.network.folder / self.name
         files.mkdir(exist_ok=True)
         boot = [*ISOLATED.split(), "sh", "-c", BOOT, "boot", files, self.name, self.network.key]
         with self._log.open("a") as log:
             self._process = subprocess.Popen([*DIES_WITH_US, *boot], stdout=log, stderr=log)
-        own = Path("/proc/self/ns/net").readlink()
-        theirs = Path(f"/proc/{self._process.pid}/ns/net")
+        pid, own = self._process.pid, Path("/proc/self/ns/net").readlink()
+        theirs = Path(f"/proc/{pid}/ns/net")
         self._wait(lambda: theirs.readlink() != own)
-        _sh(f"ip link add {self._port} type veth peer name eth0 netns {self._process.pid}")
+        _sh(f"ip link add {self._port} type veth peer name eth0 netns {pid}")
         _sh(f"ip link set {self._port} master {BRIDGE} up")
-        inside = f"nsenter --net=/proc/{self._process.pid}/ns/net ip"
+        inside = f"nsenter --net=/proc/{pid}/ns/net ip"
         _sh(f"{inside} address add {self.address}/24 dev eth0")
         _sh(f"{inside} link set eth0 up")
         self._wait(lambda: self.run("true", check=False).returncode == 0)
@@ -144,10 +152,13 @@ class Host:
         return done
 
     def kill(self) -> None:
-        """The power fails: all of its processes at once, and its files."""
-        self._process.kill()
-        self._process.wait()
-        _sh(f"ip link delete {self._port}", check=False)
+        """The power fails: it falls silent, and what is left of it is its home."""
+        _sh(f"ip link delete {self._port}", check=False)  # It may be dead already.
+        if self._process.poll() is None:
+            pid = self._process.pid
+            [first] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            os.kill(int(first), signal.SIGKILL)  # All others end before it does.
+            self._process.wait()
 
     def partition(self) -> None:
         """Unplug it from the network."""

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import requests
 import yaml
-from cluster.hosts import Host
-from conftest import ROOT
+from cluster.hosts import DIES_WITH_US, Host
+from conftest import ROOT, free_port
 
 from biggan.storage import StorageError
 
@@ -43,7 +43,13 @@ class OnPrem:
     home: Path
     head: Host
     workers: list[Host]
-    dashboard: str
+    port: int = field(default_factory=free_port)
+    _tunnel: subprocess.Popen[bytes] | None = None
+
+    @property
+    def dashboard(self) -> str:
+        """Where the tunnel to the dashboard begins."""
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def hosts(self) -> list[Host]:
@@ -69,10 +75,10 @@ class OnPrem:
         cluster = yaml.safe_load(text)
         cluster["provider"]["worker_ips"] = [worker.address for worker in self.workers]
         cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(key)}
-        _install, environment, profile = cluster["setup_commands"]
+        environment, *others, _install = cluster["setup_commands"]
         lines = "".join(f"export {name}='{value}'\n" for name, value in exports.items())
         environment = environment.replace("export BIGGAN_STORAGE=/mnt/biggan\n", lines)
-        cluster["setup_commands"] = [f"ln -sfn {sys.prefix} ~/venv", environment, profile]
+        cluster["setup_commands"] = [environment, *others, f"ln -sfn {sys.prefix} ~/venv"]
         for kind, cpus in ("head", 1), ("worker", 3):
             small = f" --num-cpus={cpus} --object-store-memory=200000000"
             cluster[f"{kind}_start_ray_commands"][-1] += small
@@ -102,7 +108,16 @@ class OnPrem:
     def up(self) -> None:
         """`ray up`, and wait until all hosts have joined."""
         self.ray(f"up {self.file} --yes --no-config-cache")
+        self.close()
+        tunnel = self.head.ssh("-N", "-L", f"{self.port}:127.0.0.1:8265")
+        self._tunnel = subprocess.Popen([*DIES_WITH_US, *tunnel])
         self.wait_for(*self.hosts)
+
+    def close(self) -> None:
+        """Leave the dashboard."""
+        if self._tunnel:
+            self._tunnel.kill()
+            self._tunnel.wait()
 
     def wait_for(self, *hosts: Host) -> None:
         """Wait until the cluster is these hosts."""
