@@ -100,6 +100,7 @@ def test_projection_by_hand():
 
 
 def test_initial_weights_are_orthogonal():
+    torch.manual_seed(0)
     G, _ = pair(16)
     W = G.blocks[0].conv1.weight.flatten(1)
     assert torch.allclose(W @ W.T, torch.eye(len(W)), atol=1e-5)

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import (
     CheckpointUploadMode,
     ControllerError,
@@ -223,7 +224,7 @@ def fit(
         try:
             result = _trainer(config, dataset, run, scaling, callbacks, spec).fit()
             reason = str(result.return_value)  # type: ignore[attr-defined]
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayActorError) as error:  # The latter: what leads them died.
             if user_error := cause(error, UserError):
                 raise user_error from None
             if isinstance(error, ControllerError) and cause(error, OSError):
