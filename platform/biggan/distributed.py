@@ -231,7 +231,8 @@ def fit(
                 _wait_for_storage(run)  # It was refused Ray Train's own file in the run's folder.
             failures = 0 if _newest_step(run) > before else failures + 1
             # Workers have had their restarts by now; what leads them has had none.
-            if failures > (0 if isinstance(error, WorkerGroupError) else scaling.max_failures):
+            limit = 0 if isinstance(error, WorkerGroupError) else scaling.max_failures
+            if scaling.max_failures == 0 or 0 <= limit < failures:
                 raise
             print_line(f"{run.name}: {str(error).splitlines()[-1]}; going on all the same")
             continue
