@@ -41,7 +41,7 @@ test-faults: install  ## training whose machines, processes and storage fail (ab
 soak: install  ## an hour of training with a fault every two minutes
 	PYTHONPATH=tests $(BIN)/python -m faults.soak
 
-test-cluster: install  ## the whole path and its troubles, on three hosts of this machine, as root
+test-cluster: install  ## three hosts on this machine: the whole path, and what may befall it (about 12 minutes, as root)
 	$(BIN)/python -m pytest -n 0 tests/cluster
 
 lint: install  ## lint, format check and types
