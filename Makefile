@@ -35,13 +35,13 @@ token: install  ## make the key to your clusters, ~/.ray/auth_token, if there is
 test: install lint  ## lint, format check, types, and all tests
 	$(BIN)/python -m pytest
 
-test-faults: install  ## training whose machines, processes and storage fail (about 12 minutes)
+test-faults: install  ## training whose machines, processes and storage fail
 	$(BIN)/python -m pytest -n 0 tests/faults
 
 soak: install  ## an hour of training with a fault every two minutes
 	PYTHONPATH=tests $(BIN)/python -m faults.soak
 
-test-cluster: install  ## three hosts on this machine: the whole path, and what may befall it (about 12 minutes, as root)
+test-cluster: install  ## three hosts on this machine: the whole path, and what may befall it, as root
 	$(BIN)/python -m pytest -n 0 tests/cluster
 
 lint: install  ## lint, format check and types

@@ -16,6 +16,7 @@ from biggan.config import ConfigError
 from biggan.loop import WORST_FID, TrainingLoop, crosses, non_finite_weight
 from biggan.parallel import CPU, Workers
 from biggan.runs import (
+    RECORD,
     SIGNALS,
     RunRecord,
     best_checkpoint,
@@ -108,6 +109,11 @@ def test_a_kept_state_counts_until_others_have_gone_on(digits, tiny_run, tmp_pat
     (unsaved(run) / before).upload(tmp_path / "tiny" / before)
     bring_in_unsaved(run)  # Of a step that the run is beyond.
     assert latest_checkpoint(run).name == name
+    of_this_one = unsaved(run)
+    run.delete()
+    open_run(run, tiny(), digits.info)
+    run.write_json(RECORD, run.read_json(RECORD) | {"created": "another time"})
+    assert unsaved(run) != of_this_one  # A run of the same name, begun anew.
 
 
 LITTLE_DATA = {

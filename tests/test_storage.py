@@ -12,6 +12,7 @@ from biggan.storage import (
     insist,
     locate,
     storage_root,
+    training_patience,
 )
 
 
@@ -151,3 +152,10 @@ def test_folders_hand_their_patience_on():
     folder = Folder("/a/b", 7)
     assert ((folder / "c").patience, folder.parent.patience) == (7, 7)
     assert folder == Folder("/a/b")
+
+
+@pytest.mark.parametrize("given", ["soon", "-1", "inf"])
+def test_patience_is_a_number_of_seconds(monkeypatch, given):
+    monkeypatch.setenv("BIGGAN_STORAGE_PATIENCE", given)
+    with pytest.raises(StorageError, match="must be a number of seconds, 0 or more"):
+        training_patience()

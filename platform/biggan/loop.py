@@ -189,6 +189,7 @@ class TrainingLoop:
         self.waited = 0.0
         self.standing = Standing()
         self.writer = Writer(run) if workers.is_main else None
+        self.aside = unsaved(run)  # Found out while storage answers.
         self._begin(self._latest())
         self.guard = Guard(config, dataset, workers)
         inline = config.eval.mode == "inline"
@@ -269,7 +270,8 @@ class TrainingLoop:
             if self.leaving and not self._reason_to_stop():
                 reason = PREEMPTED
                 break
-        if self.journal:
+        if self.journal and self.writer:
+            self.writer.check()
             self.journal.close(self.state.step, reason, self.standing)
         return reason
 
@@ -472,7 +474,7 @@ class TrainingLoop:
                 self.journal.flush()
             snapshot.write(folder)
         except UnavailableError as error:
-            aside = unsaved(self.run_folder) / folder.name
+            aside = self.aside / folder.name
             try:
                 snapshot.write(aside)
             except OSError as also:

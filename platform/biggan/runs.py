@@ -178,8 +178,12 @@ def latest_checkpoint(folder: Folder) -> Folder | None:
 
 
 def unsaved(folder: Folder) -> Folder:
-    """Where this machine keeps the state of a run that its storage refused to take."""
-    place = hashlib.sha256(folder.uri.encode()).hexdigest()[:8]
+    """Where this machine keeps the state of a run that its storage refused to take.
+
+    A run that was deleted and begun anew under the same name has another place.
+    """
+    begun = folder.read_json(RECORD)["created"] if folder.exists(RECORD) else ""
+    place = hashlib.sha256(f"{folder.uri} {begun}".encode()).hexdigest()[:8]
     return Folder(str(cache_folder() / "unsaved" / f"{folder.name}-{place}"))
 
 

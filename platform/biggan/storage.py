@@ -99,7 +99,14 @@ def locate(kind: Kind, name: str, root: str | None = None) -> Folder:
 
 def training_patience() -> float:
     """Seconds that training waits for storage: $BIGGAN_STORAGE_PATIENCE, by default 5 minutes."""
-    return float(os.environ.get(PATIENCE) or 300)
+    given = os.environ.get(PATIENCE) or "300"
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise StorageError(f"{PATIENCE} = {given!r}: must be a number of seconds, 0 or more")
+    return seconds
 
 
 def insist(where: str, patience: float, operation: Callable[[], T]) -> T:

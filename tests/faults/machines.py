@@ -99,10 +99,10 @@ class Machines:
 
     def _alive(self) -> set[str]:
         """The nodes that the head takes for alive; for a while, also one that was killed."""
-        done = self._ray("list", "nodes", "--filter", "state=ALIVE", "--format", "json")
+        done = self.ray("list", "nodes", "--filter", "state=ALIVE", "--format", "json")
         return set(re.findall(r'"node_id": "(\w+)"', done.stdout)) if not done.returncode else set()
 
-    def _ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         env = environment(RAY_ADDRESS=f"http://127.0.0.1:{self.dashboard}")
         return subprocess.run([RAY, *arguments], env=env, capture_output=True, text=True)
 

@@ -54,11 +54,11 @@ def test_a_driver_that_is_killed_leaves_no_workers_and_no_lock(machines, undistu
 def test_a_drained_node_is_left_with_a_checkpoint(machines, undisturbed):
     run, command = locate("runs", "drained"), train(machines, "drained")
     wait_for_step(run, 100)
-    listed = machines._ray("list", "nodes", "--filter", "state=ALIVE", "--format", "json")
+    listed = machines.ray("list", "nodes", "--filter", "state=ALIVE", "--format", "json")
     node = next(
         n["node_id"] for n in json.loads(listed.stdout) if n["resources_total"].get("CPU") == 1
     )
-    done = machines._ray(
+    done = machines.ray(
         "drain-node", "--address", machines.address, "--node-id", node,
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
         "--deadline-remaining-seconds", "60",
