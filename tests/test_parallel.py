@@ -1,5 +1,6 @@
 """Workers together compute what one would alone: real processes, over gloo."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,14 +16,22 @@ from biggan.parallel import CPU, Workers
 from biggan.training import StepInputs, TrainStep, build
 
 
-def join(rank, size, rendezvous):
+@contextmanager
+def joined(rank, size, rendezvous):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size)
-    return Workers.current(CPU)
+    yield Workers.current(CPU)
+    # Without it the interpreter may end while gloo's threads run, which aborts the process.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def normalize(rank, size, folder):
-    workers = join(rank, size, folder / "rendezvous")
+    with joined(rank, size, folder / "rendezvous") as workers:
+        normalize_part(workers, rank, size, folder)
+
+
+def normalize_part(workers, rank, size, folder):
     x, grad = torch.load(folder / "in.pt")
     norm = CrossReplicaBatchNorm2d(x.shape[1], 1e-5)
     part = x.chunk(size)[rank].clone().requires_grad_()
@@ -105,8 +114,8 @@ def train(workers, dataset, steps=5):
 
 
 def train_part(rank, size, folder, dataset):
-    workers = join(rank, size, folder / "rendezvous")
-    weights = train(workers, Dataset.open(dataset))
+    with joined(rank, size, folder / "rendezvous") as workers:
+        weights = train(workers, Dataset.open(dataset))
     torch.save(weights, folder / f"{rank}.pt")
 
 

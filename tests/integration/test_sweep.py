@@ -134,7 +134,9 @@ def test_no_more_trials_run_at_a_time_than_asked_for(interrupted_sweep):
         times = [row["time"] for row in read_metrics(folder / trial)]
         if later := [time for time in times if time > interrupted_sweep.begun_again]:
             spans.append((later[0], later[-1]))
-    assert max(sum(a <= start <= b for a, b in spans) for start, _ in spans) == 2
+    # The cluster counts 4 CPUs, so that more could.
+    assert len(spans) > 2
+    assert max(sum(a <= start <= b for a, b in spans) for start, _ in spans) <= 2
 
 
 def train_workers():
