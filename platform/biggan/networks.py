@@ -299,6 +299,11 @@ class Generator(nn.Module):
                     h = attention[str(k)](h)
         return torch.tanh(self.conv_out(self.bn_out(h, mix, relu=True)))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.linear.weight.device
+
     def latents(self, seeds: Sequence[int], truncation: float | None = None) -> Tensor:
         """Latents for sampling, one a seed: float32 `[len(seeds), z_dim]`; raises `UserError`."""
         tables = self.tables or TruncationTables(truncations=())
@@ -350,11 +355,19 @@ class Generator(nn.Module):
 
         At most `sample_batch` at a time, on the generator's device.
         """
-        device = self.linear.weight.device
+        return self.render_embedded(z, self.embed(classes.to(self.device)), truncations)
+
+    @torch.inference_mode()
+    def render_embedded(
+        self, z: Tensor, y: Tensor, truncations: Sequence[float | None]
+    ) -> np.ndarray:
+        """As `render`, from class embeddings as `embed` gives them."""
         images = []
         for start in range(0, len(z), self.sample_batch):
             part = slice(start, start + self.sample_batch)
-            generated = self(z[part].to(device), classes[part].to(device), truncations[part])
+            generated = self.synthesize(
+                z[part].to(self.device), y[part].to(self.device), truncations[part]
+            )
             images.append(to_uint8(generated).cpu())
         return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
 
