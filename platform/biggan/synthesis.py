@@ -38,7 +38,8 @@ def latents(G: Generator, recipes: Sequence[Recipe], directions: Directions) -> 
 def embeddings(G: Generator, recipes: Sequence[Recipe]) -> Tensor:
     """The class embeddings of recipes: `[N, shared_dim]`.
 
-    Of a model without a shared embedding they are mixtures, `[N, n_classes]`. Raises `UserError` for a class that is not there, and for a `y` of another length.
+    Of a model without a shared embedding they are mixtures, `[N, n_classes]`. Raises
+    `UserError` for a class that is not there, and for a `y` of another length.
     """
     mixtures = torch.zeros(len(recipes), G.n_classes)
     for mixture, recipe in zip(mixtures, recipes, strict=True):
