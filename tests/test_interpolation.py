@@ -1,4 +1,4 @@
-"""The way between two images: by hand, and against the generator's own answers at its ends."""
+"""Ways between images: by hand, and against the generator's own answers at their stops."""
 
 import math
 
@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from biggan.config import ModelConfig
+from biggan.directions import find_directions
 from biggan.errors import UserError
-from biggan.interpolation import interpolate, slerp
+from biggan.interpolation import slerp, walk
 from biggan.networks import Generator
 from biggan.pixels import to_uint8
+from biggan.recipe import Recipe
+from biggan.synthesis import latents, synthesize
 from biggan.truncation import TruncationTables
 
 
@@ -71,45 +74,143 @@ def test_slerp_between_opposites_goes_round(nudge):
     assert torch.allclose(cosines, torch.tensor([1, 0.5, 0, -1]), atol=1e-4)
 
 
+def test_slerp_from_and_to_zeros_is_a_straight_line():
+    there = along([0.0, 0.0], [3.0, 4.0], 0.0, 0.5, 1.0)
+    assert torch.allclose(there, torch.tensor([[0, 0], [1.5, 2], [3, 4]]), atol=1e-6)
+    assert torch.allclose(along([3.0, 4.0], [0.0, 0.0], 1.0, 0.5, 0.0), there, atol=1e-6)
+
+
+def recipe(class_id, seed, truncation=None, **others):
+    return Recipe(classes={class_id: 1}, seed=seed, truncation=truncation, **others)
+
+
+def images(G, recipes):
+    return synthesize(G, recipes, find_directions(G)).astype(int)
+
+
+def frame_latents(G, recipes):
+    return latents(G, recipes, find_directions(G)).double()
+
+
 @pytest.mark.parametrize("truncation", [None, 0.5, 1.3])
-def test_the_ends_are_the_samples(G, truncation):
-    frames = interpolate(G, (5, 0), (9, 3), steps=4, truncation=truncation)
-    assert frames.shape == (4, 8, 8, 3)
-    assert frames.dtype == np.uint8
-    ends = G.sample([0, 3], seed=[5, 9], truncation=truncation)
-    assert np.abs(frames[[0, -1]].astype(int) - ends).max() <= 1
-    assert np.abs(frames[1].astype(int) - frames[2]).max() > 1
+def test_stops_are_the_samples(G, truncation):
+    stops = [recipe(0, 5, truncation), recipe(3, 9, truncation), recipe(1, 7, truncation)]
+    way = walk(G, stops, 3, find_directions(G))
+    assert way[::3] == stops
+    frames = images(G, way)
+    assert frames.shape == (7, 8, 8, 3)
+    samples = G.sample([0, 3, 1], seed=[5, 9, 7], truncation=truncation)
+    assert np.abs(frames[::3] - samples).max() <= 1
+    assert np.abs(frames[1] - frames[2]).max() > 1
 
 
-def test_half_way_classes_are_mixed_half_and_half(G):
-    frames = interpolate(G, (5, 0), (9, 3), steps=3, truncation=0.5)
+def test_frames_by_hand(G):
+    start = Recipe(classes={0: 1}, z=(2.0, *[0] * 11), truncation=0.5)
+    end = Recipe(classes={0: 0.5, 3: 0.5}, z=(0, 4.0, *[0] * 10), truncation=0.9)
+    _, frame, *_ = walk(G, [start, end], 4, find_directions(G))
+    assert frame.classes == {0: 0.875, 3: 0.125}
+    assert frame.seed is None
+    assert frame.y is None
+    assert frame.edits == {}
+    assert frame.truncation == pytest.approx(0.6)
+    angle = math.pi / 8
+    expected = [2.5 * math.cos(angle), 2.5 * math.sin(angle), *[0] * 10]
+    assert frame.z == pytest.approx(expected, abs=1e-6)
+
+
+def test_frames_are_what_hand_made_latents_and_embeddings_give(G):
+    way = walk(G, [recipe(0, 5, 0.5), recipe(3, 9, 0.5)], 2, find_directions(G))
     z = slerp(*G.latents([5, 9], 0.5), torch.tensor([0.5]))
     y = G.embed(torch.tensor([0, 3])).mean(0, keepdim=True)
-    assert torch.allclose(y, G.embed(torch.tensor([[0.5, 0, 0, 0.5]])), atol=1e-7)
     expected = to_uint8(G.synthesize(z, y, 0.5))[0].permute(1, 2, 0).numpy()
-    assert np.abs(frames[1].astype(int) - expected).max() <= 1
+    assert np.abs(images(G, way)[1] - expected).max() <= 1
 
 
-def test_one_class_and_one_latent_stay_as_they_are(G):
-    frames = interpolate(G, (5, 2), (5, 2), steps=3).astype(int)
-    assert np.abs(frames - G.sample(2, seed=5)).max() <= 1
+def test_embeddings_of_their_own_are_mixed(G):
+    own = G.embed(torch.tensor([2]))[0] + 0.5
+    stops = [recipe(0, 5), recipe(0, 5, y=tuple(own.tolist()))]
+    way = walk(G, stops, 4, find_directions(G))
+    expected = torch.lerp(G.embed(torch.tensor([0]))[0], own, 0.75)
+    assert way[3].y == pytest.approx(expected.tolist(), abs=1e-6)
+    assert way[3].classes == {0: 1}
+    assert way[4] == stops[1]
 
 
-def test_many_frames_are_made_in_parts(G, monkeypatch):
-    whole = interpolate(G, (5, 0), (9, 3), steps=7).astype(int)
-    monkeypatch.setattr(Generator, "sample_batch", 3)
-    assert np.abs(whole - interpolate(G, (5, 0), (9, 3), steps=7)).max() <= 1
+def test_edits_are_walked_along(G):
+    directions = find_directions(G)
+    way = walk(G, [recipe(0, 5), recipe(0, 5, edits={1: 2.0, 4: -1.0})], 5, directions)
+    moved = G.latents([5])[0] + 2 * directions.vectors[1] - directions.vectors[4]
+    expected = slerp(G.latents([5])[0], moved, torch.tensor([0.6]))
+    assert torch.allclose(torch.tensor(way[3].z), expected[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "start,end,options,said",
+    "start,end,half",
+    [(0.5, 0.7, 0.6), (0.5, None, 0.75), (None, 0.25, 0.625), (None, None, None)],
+)
+def test_truncations_lead_evenly_to_the_untruncated(G, start, end, half):
+    # The one table is at 0.5; from 1 on nothing counts as cut off.
+    way = walk(G, [recipe(0, 5, start), recipe(0, 5, end)], 2, find_directions(G))
+    assert way[1].truncation == half
+
+
+def test_without_tables_truncation_only_was_what_latents_were_drawn_at(G):
+    G.tables = None
+    assert walk(G, [recipe(0, 5, 0.5), recipe(0, 6)], 2, find_directions(G))[1].truncation is None
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_latents_turn_evenly(G, loop):
+    stops = [recipe(0, 5), recipe(3, 9), recipe(1, 7)]
+    way = walk(G, stops, 5, find_directions(G), loop=loop)
+    z = frame_latents(G, way + way[:1] if loop else way)
+    angles = torch.arccos(torch.cosine_similarity(z[1:], z[:-1])).view(-1, 5)
+    whole = torch.arccos(torch.cosine_similarity(z[5::5], z[:-5:5]))
+    assert torch.allclose(angles, whole[:, None].expand(-1, 5) / 5, atol=1e-6)
+    steps = (z[1:].norm(dim=1) - z[:-1].norm(dim=1)).view(-1, 5)
+    assert torch.allclose(steps, steps.mean(1, keepdim=True).expand(-1, 5), atol=1e-6)
+
+
+def test_a_loop_comes_back_without_a_jump_or_a_doubled_frame(G):
+    for norm in G.batch_norms():
+        norm.table_var.fill_(0.7)  # As it is of latents so truncated, and not a tenth.
+    stops = [
+        recipe(0, 5, 0.5),
+        recipe(3, 9, edits={0: 2.0}),
+        Recipe(classes={1: 0.5, 2: 0.5}, z=tuple(G.latents([7])[0].tolist()), truncation=0.8),
+    ]
+    way = walk(G, stops, 12, find_directions(G), loop=True)
+    assert len(way) == 36
+    assert way[::12] == stops
+    frames = images(G, way)
+    steps = np.abs(np.diff(frames, axis=0, append=frames[:1])).mean((1, 2, 3))
+    assert steps.min() > 0.2 * np.median(steps)
+    assert steps.max() < 2.5 * np.median(steps)
+    # What a way that breaks off at the last stop would do.
+    assert np.abs(frames[24] - frames[0]).mean() > 3 * np.median(steps)
+
+
+def test_one_frame_a_leg_is_the_stops(G):
+    stops = [recipe(0, 5), recipe(3, 9)]
+    assert walk(G, stops, 1, find_directions(G)) == stops
+    assert walk(G, stops, 1, find_directions(G), loop=True) == stops
+
+
+def test_one_class_and_one_latent_stay_as_they_are(G):
+    frames = images(G, walk(G, [recipe(2, 5), recipe(2, 5)], 3, find_directions(G)))
+    assert np.abs(frames - G.sample(2, seed=5)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "stops,frames,said",
     [
-        ((0, 4), (0, 0), {}, r"class 4 is not in 0..3"),
-        ((0, 0), (-1, 0), {}, "seed -1"),
-        ((0, 0), (0, 1), {"steps": 1}, "1 steps: must be 2 or more"),
-        ((0, 0), (0, 1), {"truncation": 0.0}, "truncation is 0.0"),
+        ([recipe(0, 0)], 2, "a way of 1 stops: give 2 or more"),
+        ([recipe(0, 0), recipe(0, 1)], 0, "0 frames from stop to stop: must be 1 or more"),
+        ([recipe(0, 0), recipe(4, 1)], 2, r"class 4 is not in 0..3"),
+        ([recipe(0, 0), recipe(0, 1, edits={12: 1.0})], 2, "direction 12"),
+        ([recipe(0, 0), Recipe(classes={}, z=(1.0,))], 2, "z has 1 numbers"),
     ],
 )
-def test_ways_that_cannot_be(G, start, end, options, said):
+def test_ways_that_cannot_be(G, stops, frames, said):
     with pytest.raises(UserError, match=said):
-        interpolate(G, start, end, **options)
+        walk(G, stops, frames, find_directions(G))

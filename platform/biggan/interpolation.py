@@ -1,14 +1,19 @@
-"""Interpolation: the images between two latents and two classes (arXiv 1809.11096, figure 8)."""
+"""Interpolation: the images between others, as recipes (arXiv 1809.11096, figure 8)."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from biggan.directions import Directions
 from biggan.errors import UserError
 from biggan.networks import Generator
+from biggan.recipe import Recipe
+from biggan.synthesis import embeddings, latents
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -21,6 +26,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     t, start, end = t.double()[:, None], a.double(), b.double()
     length = torch.lerp(start.norm(), end.norm(), t)
     start, end = (F.normalize(v, dim=0) for v in (start, end))
+    start = start if start.any() else end  # Zeros lie in no direction.
     cosine = start @ end
     across = end - cosine * start
     angle = torch.atan2(across.norm(), cosine)
@@ -32,25 +38,60 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return (length * turned).to(a.dtype)
 
 
-def interpolate(
+def walk(
     G: Generator,
-    start: tuple[int, int],
-    end: tuple[int, int],
-    steps: int = 8,
-    truncation: float | None = None,
-) -> np.ndarray:
-    """Images on the way between two (seed, class id) pairs: uint8 `[steps, H, W, channels]`.
+    stops: Sequence[Recipe],
+    frames: int,
+    directions: Directions,
+    *,
+    loop: bool = False,
+) -> list[Recipe]:
+    """The recipes of the images on a way from stop to stop, `frames` to a leg.
 
-    The first and last are what `G.sample` gives for the pairs. Latents are interpolated by `slerp`,
-    class embeddings linearly. Raises `UserError` for a seed, class or truncation out of range, and
-    for fewer than 2 steps.
+    A leg begins with its stop, which stays as it is, and ends before the next: N stops are
+    (N - 1) `frames` + 1 recipes, the last of them the last stop. With `loop` a leg leads from there
+    to the first stop, so that all can be shown over and over: N `frames`. On the way latents, edits
+    included, go by `slerp`; classes, embeddings where a stop gives its own, and truncations evenly.
+    Raises `UserError` for fewer than 2 stops, for `frames` below 1, and for a stop that this
+    generator has no image for.
     """
-    if steps < 2:
-        raise UserError(f"{steps} steps: must be 2 or more, for both ends are among them")
-    seeds, ids = zip(start, end, strict=True)
-    G.check_classes(ids)
-    t = torch.linspace(0, 1, steps)
-    z_start, z_end = G.latents(seeds, truncation)
-    class_start, class_end = F.one_hot(torch.tensor(ids), G.n_classes).float()
-    mixtures = torch.lerp(class_start, class_end, t[:, None])
-    return G.render(slerp(z_start, z_end, t), mixtures, [truncation] * steps)
+    if len(stops) < 2:
+        raise UserError(f"a way of {len(stops)} stops: give 2 or more")
+    if frames < 1:
+        raise UserError(f"{frames} frames from stop to stop: must be 1 or more")
+    places = list(zip(stops, latents(G, stops, directions), embeddings(G, stops), strict=True))
+    t = torch.arange(1, frames, dtype=torch.double) / frames
+    way = []
+    for (start, z, y), (end, next_z, next_y) in pairwise(places + places[:1] if loop else places):
+        between = slerp(z, next_z, t)
+        own = start.y is not None or end.y is not None
+        way.append(start)
+        for share, frame_z in zip(t.tolist(), between, strict=True):
+            way.append(
+                Recipe(
+                    classes=_mixture(start.classes, end.classes, share),
+                    z=tuple(frame_z.tolist()),
+                    y=tuple(torch.lerp(y, next_y, share).tolist()) if own else None,
+                    truncation=_truncation(G, start.truncation, end.truncation, share),
+                )
+            )
+    return way if loop else [*way, stops[-1]]
+
+
+def _mixture(start: dict[int, float], end: dict[int, float], share: float) -> dict[int, float]:
+    return {
+        class_id: _lerp(start.get(class_id, 0), end.get(class_id, 0), share)
+        for class_id in start | end
+    }
+
+
+def _truncation(G: Generator, start: float | None, end: float | None, share: float) -> float | None:
+    """The truncation whose batch-norm moments lie on the way; to a given latent it is no more."""
+    if start == end or G.tables is None:
+        return start if start == end else None
+    whole = G.tables.untruncated
+    return _lerp(start or whole, end or whole, share)
+
+
+def _lerp(start: float, end: float, share: float) -> float:
+    return start + share * (end - start)

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     CLASS_ORDER = 11
     MEASURES = 12
     WINDOW_ORDER = 13
+    CANARY = 14
 
 
 def rng(seed: int, stream: Stream, counter: int = 0) -> np.random.Generator:

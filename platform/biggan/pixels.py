@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:  # Sheets are laid out in processes without torch, too.
+    from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -13,7 +16,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
     Rounding, not truncation: truncating darkens every image by half a level, which FID sees.
     """
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def from_uint8(images: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ Imports neither torch nor Ray, for it is also what applications and the gateway 
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-3.4e38, le=3.4e38, allow_inf_nan=False)]
+"""What float32 can hold, for that is what it becomes."""
 
 
 class Recipe(BaseModel):
@@ -41,17 +43,34 @@ class Origin(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
+    model: Annotated[str, Field(max_length=600)]
     """NAME@VERSION in the model store."""
-    weights: str
+    weights: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """SHA-256 of the model's weights file."""
     class_names: dict[int, str]
     """Names of the classes that the recipes speak of."""
-    recipes: tuple[Recipe, ...]
+    recipes: Annotated[tuple[Recipe, ...], Field(min_length=1)]
     """In the order of the images: along the rows of a sheet, or one after another in time."""
-    columns: int = 1
+    columns: Annotated[int, Field(ge=1)] = 1
     """Images a row, of a sheet; 1 of a picture of one image."""
-    gap: int = 0
+    gap: Annotated[int, Field(ge=0)] = 0
     """Pixels between and around the images of a sheet."""
+    scale: Annotated[int, Field(ge=1)] = 1
+    """Pixels of the picture along each side of an image's pixel."""
     correction: bool = False
     """Whether pixels were changed after G made them, so that the recipe alone gives others."""
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        weights: str,
+        class_names: Sequence[str],
+        recipes: Sequence[Recipe],
+        **layout: Any,
+    ) -> Origin:
+        """The origin of images by a model whose classes have these names; the rest as fields."""
+        spoken_of = {i: class_names[i] for recipe in recipes for i in recipe.classes}
+        return cls(
+            model=model, weights=weights, class_names=spoken_of, recipes=tuple(recipes), **layout
+        )

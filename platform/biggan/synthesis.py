@@ -23,8 +23,10 @@ def latents(G: Generator, recipes: Sequence[Recipe], directions: Directions) -> 
     z = torch.empty(len(recipes), G.z_dim)
     seeded: dict[float | None, list[int]] = {}
     for i, recipe in enumerate(recipes):
+        # Truncations of given latents are checked too.
+        places = seeded.setdefault(recipe.truncation, [])
         if recipe.seed is not None:
-            seeded.setdefault(recipe.truncation, []).append(i)
+            places.append(i)
         else:
             z[i] = _vector("z", recipe.z or (), G.z_dim)
     for truncation, places in seeded.items():

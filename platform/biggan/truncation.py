@@ -42,6 +42,12 @@ class TruncationTables(BaseModel):
             )
         return scale * sample_z(seeds, z_dim, 2.0)
 
+    @property
+    def untruncated(self) -> float:
+        """The truncation that has the moments of None."""
+        # From twice the last threshold on, nothing is cut off any more.
+        return 1.0 if self.convention == "scale" else 2 * self.truncations[-1]
+
     def mix(self, truncations: Sequence[float | None]) -> torch.Tensor:
         """Weights of the tables, and last of the untruncated moments: float `[N, tables + 1]`."""
         row = self._threshold_row if self.convention == "threshold" else self._scale_row
@@ -53,8 +59,7 @@ class TruncationTables(BaseModel):
         return bool(self.mix([truncation])[0, -1] < 1)
 
     def _threshold_row(self, truncation: float | None) -> list[float]:
-        # From twice the last threshold on, nothing is cut off any more.
-        places = [*self.truncations, 2 * self.truncations[-1]]
+        places = [*self.truncations, self.untruncated]
         t = places[-1] if truncation is None else min(max(truncation, places[0]), places[-1])
         above = next(i for i, place in enumerate(places) if t <= place)
         weights = [0.0] * len(places)
@@ -67,7 +72,8 @@ class TruncationTables(BaseModel):
     def _scale_row(self, truncation: float | None) -> list[float]:
         # The released code's arithmetic, in which the two weights are swapped, rounding included.
         n = len(self.truncations)
-        fraction, whole = math.modf((1.0 if truncation is None else truncation) / (1.0 / (n - 1)))
+        t = self.untruncated if truncation is None else truncation
+        fraction, whole = math.modf(t / (1.0 / (n - 1)))
         weights = [0.0] * (n + 1)
         if fraction:
             weights[int(whole)], weights[int(whole) + 1] = fraction, 1 - fraction
