@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from biggan.commands import parse, run_command
+from biggan.errors import UserError
+from biggan.models import ModelStore, split_reference
 from biggan.promotion import promote
 
 
@@ -19,6 +21,10 @@ class Promote:
     python jobs/promote.py --run first
 
     python jobs/promote.py --sweep first --name digits
+
+    python jobs/promote.py --run bold --name digits --alias candidate
+
+    python jobs/promote.py --rollback digits
     """
 
     run: str | None = None
@@ -29,6 +35,11 @@ class Promote:
     """Name of the model; by default that of the dataset."""
     force: bool = False
     """Point `best` to this version whatever its FID."""
+    alias: str | None = None
+    """Point this alias to the version and leave `best`: `candidate`, say, for a canary."""
+    rollback: str | None = None
+    """A model, NAME or NAME@ALIAS, whose alias (`best`) goes back to what it was before; nothing is
+    exported, and running endpoints follow."""
     licence: str | None = None
     """Licence of the model, for its card; by default none is stated."""
     storage: str | None = None
@@ -38,11 +49,15 @@ class Promote:
 def main() -> None:
     """Promote what the command line names."""
     command = parse(Promote)
+    if command.rollback is not None:
+        _roll_back(command)
+        return
     promotion = promote(
         run=command.run,
         sweep=command.sweep,
         name=command.name,
         force=command.force,
+        alias=command.alias,
         licence=command.licence,
         root=command.storage,
     )
@@ -54,6 +69,14 @@ def main() -> None:
     print(f"best {'points to it' if promotion.is_best else 'stays'}: {promotion.reason}")
     print(f"samples: {promotion.folder}/samples.png")
     print(f"next: make serve MODEL={card.name}@best")
+
+
+def _roll_back(command: Promote) -> None:
+    if command.run is not None or command.sweep is not None:
+        raise UserError("--rollback exports nothing: leave --run and --sweep out")
+    name, alias = split_reference(command.rollback or "")
+    left, found = ModelStore(name, command.storage).roll_back(alias)
+    print(f"{name}@{alias}: back from {left} to {found}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from PIL import Image
 import biggan
 from biggan.errors import UserError
 from biggan.generation import PART_IMAGES, generate
+from biggan.reproduction import verify
 from biggan.truncation import TruncationTables
 
 
@@ -38,6 +39,8 @@ def test_parquet_parts_hold_every_image_once(cluster, tiny_model, tmp_path):
         image = np.asarray(Image.open(io.BytesIO(table["image"][row])))
         expected = G.sample([ids[row]], seed=100 + row, truncation=0.5)[0, ..., 0]
         assert np.abs(image.astype(int) - expected).max() <= 1
+        verdict = verify(table["image"][row])
+        assert (verdict.status, verdict.origin.recipes[0].seed) == ("verified", 100 + row)
 
 
 def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
@@ -47,6 +50,8 @@ def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
     files = sorted(path.relative_to(tmp_path / "set") for path in tmp_path.rglob("*.png"))
     assert [str(file) for file in files[:2]] == ["0003-3/00000000.png", "0003-3/00000002.png"]
     assert len(files) == 12
+    for file in files:
+        assert verify((tmp_path / "set" / file).read_bytes()).status == "verified"
     sheet = tmp_path / "new" / "sheet.png"
     job("generate", "--model", "tiny", "--output", str(sheet), "--n", "40")
     assert Image.open(sheet).size == (10 * 34 + 2, 4 * 34 + 2)

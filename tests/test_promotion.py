@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import add_imported, tiny, train_here
+from conftest import add_imported, job, tiny, train_here
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -157,6 +157,37 @@ def test_aliases_name_whole_versions_only(tiny_model):
         store.set_alias("best", "v7")
     store.set_alias("stable", "v1")
     assert find_model("tiny@stable").name == "v1"
+
+
+@pytest.mark.parametrize("alias", ["v1", "", "../best", "a@b"])
+def test_aliases_that_could_be_taken_for_something_else(tiny_model, alias):
+    with pytest.raises(StorageError):
+        ModelStore("tiny").set_alias(alias, "v1")
+
+
+def test_a_rollback_goes_back_the_way_that_an_alias_came(tiny_model):
+    for _ in range(3):
+        add_imported("backwards", biggan.load_generator("tiny@v1"))
+    store = ModelStore("backwards")
+    for version in ("v1", "v2", "v2", "v3", "v1"):
+        store.set_alias("stable", version)
+    back = job("promote", "--rollback", "backwards@stable").stdout
+    assert back == "backwards@stable: back from v1 to v3\n"
+    assert store.roll_back("stable") == ("v3", "v2")
+    assert store.roll_back("stable") == ("v2", "v1")
+    assert store.aliases() == {"best": "v3", "stable": "v1"}
+    for alias, said in (("stable", "was never another"), ("old", "no alias 'old'")):
+        with pytest.raises(StorageError, match=said):
+            store.roll_back(alias)
+    (store.folder / "v2").delete()
+    assert store.roll_back("best") == ("v3", "v1")  # v2 is gone.
+
+
+def test_a_candidate_leaves_best_alone(tiny_run, tiny_model, worse_run):
+    biggan.promote(run="tiny", name="with-candidate")
+    promotion = biggan.promote(run="worse", name="with-candidate", alias="candidate")
+    assert not promotion.is_best
+    assert ModelStore("with-candidate").aliases() == {"best": "v1", "candidate": "v2"}
 
 
 @pytest.mark.parametrize(

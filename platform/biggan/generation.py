@@ -1,4 +1,7 @@
-"""Generating images in bulk with Ray Data: PNG files by class, or Parquet."""
+"""Generating images: sheets, and in bulk with Ray Data PNG files by class, or Parquet.
+
+Whatever is written carries its origin (`biggan.provenance`).
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,33 @@ from biggan.cluster import connect, largest_node, own_device, quiet_ray_data
 from biggan.data.dataset import Progress
 from biggan.data.parts import encode
 from biggan.errors import UserError
-from biggan.models import find_model, load_generator
+from biggan.models import find_model, load_generator, model_name, weights_sha256
+from biggan.networks import Generator
 from biggan.pixels import to_pil
+from biggan.provenance import lay_out, save
+from biggan.recipe import Origin, Recipe
+from biggan.reproduction import make
 from biggan.storage import Folder, absolute
 
 Format = Literal["png", "parquet"]
 PART_IMAGES = 1024
+LEGIBLE_SIDE = 32
+"""Pixels that the images of a sheet have a side, at least."""
 
 
 class _Part:
     """Generates and writes one part; an actor keeps the model between parts."""
 
     def __init__(
-        self, model: str, truncation: float | None, output: str, file_format: Format
+        self,
+        model: str,
+        weights: str,
+        truncation: float | None,
+        output: str,
+        file_format: Format,
     ) -> None:
         self.G = load_generator(model, device=own_device())
+        self.model, self.weights = model_name(Folder(model)), weights
         self.truncation = truncation
         self.output = Folder(output)
         self.write = self._write_png if file_format == "png" else self._write_parquet
@@ -43,16 +58,25 @@ class _Part:
 
     def _write_png(self, _part: int, images: np.ndarray, ids: list[int], seeds: list[int]) -> None:
         for image, class_id, seed in zip(images, ids, seeds, strict=True):
-            file = io.BytesIO()
-            to_pil(image).save(file, "PNG")
             name = re.sub(r"[^\w.-]", "_", self.G.class_names[class_id])
-            self.output.write_bytes(f"{class_id:04d}-{name}/{seed:08d}.png", file.getvalue())
+            content = self._png(image, class_id, seed)
+            self.output.write_bytes(f"{class_id:04d}-{name}/{seed:08d}.png", content)
+
+    def _png(self, image: np.ndarray, class_id: int, seed: int, **options: int) -> bytes:
+        recipe = Recipe(classes={class_id: 1.0}, seed=seed, truncation=self.truncation)
+        origin = Origin.of(self.model, self.weights, self.G.class_names, [recipe])
+        return save(to_pil(image), "PNG", origin, **options)
 
     def _write_parquet(
         self, part: int, images: np.ndarray, ids: list[int], seeds: list[int]
     ) -> None:
+        encoded = [
+            # As datasets are encoded; of other numbers of channels, a PNG would hold a part.
+            self._png(*row, compress_level=1) if images.shape[3] in (1, 3) else encode(row[0])
+            for row in zip(images, ids, seeds, strict=True)
+        ]
         columns = {
-            "image": pa.array([encode(image) for image in images], pa.binary()),
+            "image": pa.array(encoded, pa.binary()),
             "label": pa.array(ids, pa.int32()),
             "class": [self.G.class_names[i] for i in ids],
             "seed": pa.array(seeds, pa.int64()),
@@ -60,6 +84,25 @@ class _Part:
         file = io.BytesIO()
         pq.write_table(pa.table(columns), file)
         self.output.write_bytes(f"part-{part:06d}.parquet", file.getvalue())
+
+
+def draw_sheet(
+    folder: Folder, G: Generator, recipes: Sequence[Recipe], columns: int, image_format: str
+) -> bytes:
+    """Images on one sheet, in rows of `columns`, as a file; `folder` is that of G in the store.
+
+    Raises `UserError` for recipes that G cannot follow.
+    """
+    origin = Origin.of(
+        model_name(folder),
+        weights_sha256(folder),
+        G.class_names,
+        recipes,
+        columns=columns,
+        gap=2,
+        scale=-(-LEGIBLE_SIDE // G.resolution),
+    )
+    return save(lay_out(make(G, recipes), origin), image_format, origin)
 
 
 def generate(
@@ -101,7 +144,7 @@ def generate(
     on_gpu = largest_node().gpus > 0 if gpu is None else gpu
     parts = ray.data.from_items(plan, override_num_blocks=len(plan)).map(
         _Part,  # type: ignore[arg-type]  # Ray makes actors of classes; its types know functions.
-        fn_constructor_args=(folder.uri, truncation, output, file_format),
+        fn_constructor_args=(folder.uri, weights_sha256(folder), truncation, output, file_format),
         concurrency=(1, len(plan)),
         num_cpus=1,
         num_gpus=1 if on_gpu else 0,

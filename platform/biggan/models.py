@@ -3,12 +3,13 @@
 `models/NAME/VERSION/` holds `config.json` and `model.safetensors` (the Hugging Face convention),
 `card.json` (a `ModelCard`) and `samples.png`; there is no pickle on this path. A discriminator that
 was imported too is kept in `discriminator.json` and `discriminator.safetensors`.
-`models/NAME/aliases.json` maps `best`, and others, to a version. `NAME@ALIAS` and `NAME@VERSION`
-name a model everywhere; `NAME` alone is `NAME@best`.
+`models/NAME/aliases.json` maps `best`, and others, to a version; `history.json` holds what they
+were before. `NAME@ALIAS` and `NAME@VERSION` name a model everywhere; `NAME` alone is `NAME@best`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from biggan.metrics.protocol import differences
 from biggan.metrics.report import Evaluation
 from biggan.networks import Discriminator, Generator
 from biggan.pixels import sheet
-from biggan.storage import Folder, StorageError, locate
+from biggan.storage import Folder, StorageError, check_name, locate
 from biggan.truncation import TruncationTables
 
 CONFIG = "config.json"
@@ -34,6 +35,7 @@ D_WEIGHTS = "discriminator.safetensors"
 CARD = "card.json"
 SAMPLES = "samples.png"
 ALIASES = "aliases.json"
+HISTORY = "history.json"
 BEST = "best"
 
 
@@ -115,10 +117,50 @@ class ModelStore:
         return aliases
 
     def set_alias(self, alias: str, version: str) -> None:
-        """Point an alias at a version, in one atomic step."""
+        """Point an alias at a version, in one atomic step; raises `StorageError`."""
+        if re.fullmatch(r"v[0-9]+", check_name(alias)):
+            raise StorageError(
+                f"alias {alias!r} would hide the version of that name: choose another"
+            )
         if version not in self.versions():
             raise StorageError(f"model {self.name} has no version {version}")
-        self.folder.write_json(ALIASES, self.aliases() | {alias: version})
+        aliases, history = self.aliases(), self._history()
+        current = aliases.get(alias)
+        if current not in (None, version):
+            # Before the alias moves: what is noted in vain does no harm, what is missing would.
+            history[alias] = [*history.get(alias, []), current]
+            self.folder.write_json(HISTORY, history)
+        self.folder.write_json(ALIASES, aliases | {alias: version})
+
+    def roll_back(self, alias: str) -> tuple[str, str]:
+        """Point an alias back at the version that it pointed to before.
+
+        Returns the version that it leaves and the one that it returns to. Again, it goes back
+        further. Raises `StorageError` if there is no such alias, or it never pointed elsewhere.
+        """
+        aliases, history = self.aliases(), self._history()
+        if alias not in aliases:
+            known = ", ".join(aliases) or "none"
+            raise StorageError(f"model {self.name} has no alias {alias!r}; there is: {known}")
+        current, versions = aliases[alias], self.versions()
+        earlier = history.get(alias, [])
+        while earlier and (earlier[-1] == current or earlier[-1] not in versions):
+            earlier = earlier[:-1]
+        if not earlier:
+            raise StorageError(
+                f"{self.name}@{alias} is {current}, and was never another version that is still"
+                f" there: there are {', '.join(versions)}"
+            )
+        self.folder.write_json(ALIASES, aliases | {alias: earlier[-1]})
+        self.folder.write_json(HISTORY, history | {alias: earlier[:-1]})
+        return current, earlier[-1]
+
+    def _history(self) -> dict[str, list[str]]:
+        """Versions that each alias pointed to before, the latest last."""
+        if not self.folder.exists(HISTORY):
+            return {}
+        history: dict[str, list[str]] = self.folder.read_json(HISTORY)
+        return history
 
     def resolve(self, version: str) -> str:
         """The version that a version or alias names; raises `StorageError` if there is none."""
@@ -268,6 +310,21 @@ def find_model(reference: str, root: str | None = None) -> Folder:
     return folder / ModelStore(name, root).resolve(version)
 
 
+def read_generator_config(folder: Folder) -> GeneratorConfig:
+    """What a version's generator is like, without its weights; raises `StorageError` if damaged."""
+    return _read_config(folder, CONFIG, GeneratorConfig)
+
+
+def model_name(folder: Folder) -> str:
+    """NAME@VERSION of a model version's folder."""
+    return f"{folder.parent.name}@{folder.name}"
+
+
+def weights_sha256(folder: Folder) -> str:
+    """SHA-256 of a model version's weights file; reads it all, so keep the answer."""
+    return hashlib.sha256(folder.read_bytes(WEIGHTS)).hexdigest()
+
+
 def load_generator(
     reference: str, *, root: str | None = None, device: torch.device | str = "cpu"
 ) -> Generator:
@@ -279,7 +336,7 @@ def load_generator(
     ``G.class_names``. Raises `StorageError` if there is no such model or its files are damaged.
     """
     folder = find_model(reference, root)
-    G = blank_generator(_read_config(folder, CONFIG, GeneratorConfig))
+    G = blank_generator(read_generator_config(folder))
     _fill(G, folder, WEIGHTS, CONFIG)
     return G.to(device).eval().requires_grad_(False)
 

@@ -49,6 +49,7 @@ def promote(
     sweep: str | None = None,
     name: str | None = None,
     force: bool = False,
+    alias: str | None = None,
     licence: str | None = None,
     root: str | None = None,
 ) -> Promotion:
@@ -56,7 +57,8 @@ def promote(
 
     Its batch-norm moments are recomputed as standing statistics (appendix D of arXiv 1809.11096),
     at several truncations, and its FID is measured again with them. `name` is by default that of
-    the dataset. With `force`, `best` points to the version whatever its FID. A checkpoint that is
+    the dataset. With `force`, `best` points to the version whatever its FID; with an `alias`, such
+    as "candidate", that does, and `best` stays. A checkpoint that is
     in the store already is not exported twice; a `licence` is then written onto its card. Raises
     `UserError` unless one of run and sweep is given, `StorageError` if there is no such run or
     sweep, if nothing in it was evaluated, or if its dataset has changed.
@@ -69,7 +71,11 @@ def promote(
     card = _already_there(store, candidate) or _export(store, candidate, licence or "", root)
     if licence is not None and licence != card.licence:
         card = store.relicense(card, licence)
-    is_best, reason = _move_best(store, card, force)
+    if alias is not None:
+        store.set_alias(alias, card.version)
+        is_best, reason = store.aliases().get(BEST) == card.version, f"{alias} was asked for"
+    else:
+        is_best, reason = _move_best(store, card, force)
     return Promotion(store.folder / card.version, card, is_best, reason)
 
 
