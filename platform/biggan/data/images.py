@@ -66,7 +66,7 @@ def standardize(
         raise ImageError(f"{width}x{height} pixels: too narrow to be seen once padded to a square")
     image = _upright(image)
     mode = "L" if channels == 1 else "RGB"
-    image = _opaque_8_bit(image, background)
+    image = opaque_8_bit(image, background)
     if image.mode != mode:
         image = image.convert(mode)
     side = resolution, resolution
@@ -90,7 +90,8 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _opaque_8_bit(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def opaque_8_bit(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image with at most 8 bits a channel, and `background` where it is transparent."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         grey = _from_deep(values)
