@@ -6,7 +6,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve token test test-faults test-cluster soak lint format clean
+TARGETS := help install quickstart serve api-key token test test-api test-browser test-load test-faults \
+  test-cluster soak lint format clean
+.PHONY: $(TARGETS)
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,8 +27,22 @@ quickstart: install  ## train digits on this machine, in about 3 minutes, and lo
 	@$(BIN)/python tests/readability.py && echo "picture: $${BIGGAN_STORAGE:-storage}/digits.png" && \
 	  echo "serve it: make serve"
 
-serve: install  ## serve MODEL (digits@best) on PORT (8000) of this machine
-	$(BIN)/python -m serving --model $(MODEL) --port $(PORT)
+serve: install  ## serve MODEL (digits@best) on PORT (8000) to this machine alone, without keys
+	$(BIN)/python -m serving --models $(MODEL) --port $(PORT) --no-auth
+
+# In `make api-key alice`, alice is a name and no target.
+ifeq ($(firstword $(MAKECMDGOALS)),api-key)
+GOALS := $(filter-out api-key,$(MAKECMDGOALS))
+ifneq ($(filter $(GOALS),$(TARGETS)),)
+$(error $(GOALS) is a target: say make api-key NAME=$(GOALS))
+endif
+NAME := $(GOALS)
+.PHONY: $(GOALS)
+$(GOALS): api-key ; @:
+endif
+
+api-key: install  ## make NAME a key to the endpoint, and show it once: make api-key NAME
+	@$(BIN)/python -m serving.keys make -- '$(NAME)'
 
 token: install  ## make the key to your clusters, ~/.ray/auth_token, if there is none
 	@env -u RAY_AUTH_TOKEN -u RAY_AUTH_TOKEN_PATH $(BIN)/ray get-auth-token --generate > /dev/null 2>&1 && chmod 600 ~/.ray/auth_token
@@ -35,8 +51,17 @@ token: install  ## make the key to your clusters, ~/.ray/auth_token, if there is
 test: install lint  ## lint, format check, types, and all tests
 	$(BIN)/python -m pytest
 
+test-api: install  ## thousands of requests made up from the OpenAPI document
+	BIGGAN_API_EXAMPLES=400 $(BIN)/python -m pytest -n 0 tests/serving/test_schema.py
+
+test-browser: install  ## the endpoint's page in Chromium
+	$(BIN)/python -m pytest -n 0 tests/browser
+
 test-faults: install  ## training whose machines, processes and storage fail
 	$(BIN)/python -m pytest -n 0 tests/faults
+
+test-load: install  ## the endpoint under load: replicas killed, updated, scaled, overloaded
+	$(BIN)/python -m pytest -n 0 -s tests/load
 
 soak: install  ## an hour of training with a fault every two minutes
 	PYTHONPATH=tests $(BIN)/python -m faults.soak

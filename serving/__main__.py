@@ -1,4 +1,4 @@
-"""Serve a model on this machine or cluster: `python -m serving --model digits@best`."""
+"""Serve models on this machine or cluster: `python -m serving --models digits@best`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from ray import serve
 from biggan.cluster import connect
 from biggan.commands import parse, run_command
 from biggan.errors import UserError
-from biggan.models import find_model
+from biggan.models import find_model, model_name
 from biggan.storage import storage_root
 from serving.app import EndpointConfig, build
+from serving.keys import check_exposure
 
 NAME = "biggan"
 
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a model of the store over HTTP, until interrupted.
+    """Serve models of the store over HTTP, until interrupted.
 
-    `best` is followed: promoting a new best changes what is served, without a dropped request.
+    Aliases are followed: promoting a new best changes what is served, without a dropped request.
+    Clients need an API key (`make api-key NAME`), unless --no-auth opens it to this machine alone.
+
+    python -m serving --models digits@best --no-auth
+
+    python -m serving --models digits faces@best --host 0.0.0.0
+
+    python -m serving --models digits --canary digits@best 95 digits@candidate 5
     """
 
     endpoint: Annotated[EndpointConfig, tyro.conf.arg(name="")] = field(
@@ -42,7 +50,8 @@ def main() -> None:
     """Serve what the command line describes."""
     command = parse(Serve)
     root = storage_root(command.endpoint.storage)
-    folder = find_model(command.endpoint.model, root)
+    check_exposure(command.host, command.endpoint.no_auth)
+    versions = [find_model(reference, root) for reference in _named(command.endpoint)]
     connect()
     url = f"http://{command.host}:{command.port}"
     if serve.status().proxies and not _listens(command.host, command.port):
@@ -57,14 +66,21 @@ def main() -> None:
     # Replicas have working directories of their own: give them the root's full path.
     config = command.endpoint.model_copy(update={"storage": root})
     serve.run(build(config), name=NAME, route_prefix="/")
-    print(f"serving {folder.parent.name}@{folder.name} at {url}; its API: {url}/docs")
+    served = ", ".join(dict.fromkeys(model_name(folder) for folder in versions))
+    print(f"serving {served} at {url}; a page to look at: {url}/, its API: {url}/docs")
+    key = "" if command.endpoint.no_auth else " -H 'Authorization: Bearer KEY'"
     print(
-        f"try: curl -s {url}/v1/generate -H 'Content-Type: application/json'"
+        f"try: curl -s {url}/v1/generate -H 'Content-Type: application/json'{key}"
         """ -d '{"class": 0, "n": 16}' -o samples.png""",
         flush=True,
     )
     if not command.detach:
         _until_interrupted()
+
+
+def _named(endpoint: EndpointConfig) -> list[str]:
+    """Every NAME@ALIAS that must be in the store for the endpoint to begin."""
+    return [*endpoint.models, *endpoint.canary]
 
 
 def _listens(host: str, port: int) -> bool:

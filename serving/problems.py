@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -49,8 +49,11 @@ def problem_response(
     return Response(content, status, headers, media_type="application/problem+json")
 
 
-def install(app: FastAPI) -> None:
-    """Make every error of an application a problem response, and bound request bodies."""
+def install(app: FastAPI, limits: Mapping[str, int] | None = None) -> None:
+    """Make every error of an application a problem response, and bound request bodies.
+
+    `limits` are those of paths that take longer bodies than others, in bytes.
+    """
 
     @app.exception_handler(ProblemError)
     async def on_problem(_request: Request, error: ProblemError) -> Response:
@@ -72,7 +75,7 @@ def install(app: FastAPI) -> None:
         logger.exception("defect in the endpoint", exc_info=error)
         return problem_response(500, "the endpoint failed; its log says why")
 
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, limits=limits or {})
 
 
 def _field_problems(entries: Sequence[dict[str, Any]]) -> list[FieldProblem]:
@@ -104,24 +107,25 @@ def _presentable(value: Any) -> Any:
 
 
 class BodyLimit:
-    """Refuses request bodies above `MAX_BODY_BYTES` without reading them whole."""
+    """Refuses request bodies above a limit, by path, without reading them whole."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, limits: Mapping[str, int]) -> None:
+        """`limits` are in bytes; paths that are not in it have `MAX_BODY_BYTES`."""
+        self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen = 0
+        seen, limit = 0, self.limits.get(scope["path"], MAX_BODY_BYTES)
 
         async def limited() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            if seen > limit:
+                raise HTTPException(413, f"the body is longer than {limit} bytes")
             return message
 
         await self.app(scope, limited, send)

@@ -1,186 +1,168 @@
-"""The deployment that holds the model: samples in batches, and follows the store's aliases."""
+"""The deployment that holds generators and makes images of recipes, in batches."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
-from biggan.classes import UnknownClassError, class_id
 from biggan.cluster import own_device
-from biggan.errors import UserError
-from biggan.models import ModelCard, find_model, load_card, load_generator
+from biggan.directions import Directions, find_directions
+from biggan.interpolation import walk
+from biggan.models import load_generator
 from biggan.networks import Generator
-from biggan.storage import Folder
+from biggan.parallel import CPU
+from biggan.recipe import Recipe
+from biggan.synthesis import embeddings, synthesize
+from serving.batching import Batcher, Busy
+from serving.ledger import Batch, Reporter
 from serving.schemas import MAX_IMAGES
 
-logger = logging.getLogger("ray.serve")
-
+BATCH_SECONDS = 0.1
+"""A batch is as large as the model makes in this time, for a request waits for up to two."""
 MAX_BATCH_IMAGES = 4 * MAX_IMAGES
-BATCH_WAIT_SECONDS = 0.002
-POLL_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class SampleRequest:
-    """Images of one class, from consecutive seeds."""
+@dataclass
+class Pace:
+    """How many images a model makes in `BATCH_SECONDS`, as it turns out."""
 
-    class_: str | int
-    seed: int
-    n: int
-    truncation: float | None
+    limit: int = 1
+    """Images of the largest batch; a request of more is a batch of its own."""
 
-
-@dataclass(frozen=True)
-class Samples:
-    """Images, and what they were made with."""
-
-    images: np.ndarray
-    """uint8 `[n, H, W, C]`."""
-    model: str
-    class_id: int
-    class_name: str
+    def note(self, images: int, seconds: float) -> None:
+        """Learn from a batch: a tenth less after a slow one, more after one at least half full."""
+        if seconds > BATCH_SECONDS:
+            self.limit = max(1, min(self.limit, int(0.9 * self.limit)))
+        elif 2 * images >= self.limit:
+            self.limit = min(MAX_BATCH_IMAGES, max(self.limit + 1, int(1.1 * self.limit)))
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why the model that is served cannot do a request."""
-
-    field: str
-    value: str | int | float | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Description:
-    """What is to be known of the model that is served."""
-
-    card: ModelCard
-    resolution: int
-    channels: int
-    class_names: list[str]
-
-    @property
-    def name(self) -> str:
-        """NAME@VERSION."""
-        return f"{self.card.name}@{self.card.version}"
-
-
-@dataclass(frozen=True)
-class Served:
+@dataclass(frozen=True, eq=False)
+class Loaded:
     """A model version in memory."""
 
-    folder: Folder
     G: Generator
-    description: Description
+    directions: Directions
+    pace: Pace
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What the images of a request are made from."""
-
-    z: torch.Tensor
-    """`[n, z_dim]`."""
-    class_id: int
-    truncation: float | None
-
-
-def _total(requests: list[SampleRequest]) -> int:
-    return sum(request.n for request in requests)
-
-
-@serve.deployment
 class Sampler:
-    """Generates images with the model that a reference such as `digits@best` names by now."""
+    """Makes images with the models of a store. Needs no Ray: `deployed` is what Serve runs."""
 
-    def __init__(self, model: str, storage: str | None) -> None:
-        """Load the model, and watch for the reference to name another version."""
-        self.model, self.storage = model, storage
-        self.served = self._load()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._stop = threading.Event()
-        self._watcher.start()
+    def __init__(self, storage: str | None, reporter: Reporter | None = None) -> None:
+        """`storage` is the root of the store; `reporter` is told of every batch."""
+        self.storage, self.reporter = storage, reporter
+        self.name = uuid.uuid4().hex[:8]
+        self._models: dict[str, Loaded] = {}
+        self._batcher: Batcher[tuple[str, Loaded], Recipe] = Batcher(
+            self._make, lambda model: model[1].pace.limit, self._note
+        )
+        self._work, self._since = 0.0, time.monotonic()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_stop"):
-            self._stop.set()
+    def _note(self, images: int, backlog: int) -> None:
+        if self.reporter:
+            self.reporter.add(Batch(self.name, images, backlog))
 
-    def _load(self) -> Served:
-        folder = find_model(self.model, self.storage)
-        G = load_generator(folder.uri, device=own_device())
-        G.sample([0], truncation=None)  # The first call is slow; better here than for a client.
-        about = Description(load_card(folder), G.resolution, G.channels, G.class_names)
-        return Served(folder, G, about)
+    async def model(self, version: str) -> Loaded:
+        """A model NAME@VERSION, loaded when first asked for."""
+        if version not in self._models:
+            self._models[version] = await asyncio.to_thread(load_model, version, self.storage, CPU)
+        return self._models[version]
 
-    def _watch(self) -> None:
-        """Swap in another version once the alias names one; requests in flight keep theirs."""
-        while not self._stop.wait(POLL_SECONDS):
-            try:
-                if find_model(self.model, self.storage) != self.served.folder:
-                    self.served = self._load()
-                    logger.info("now serving %s", self.served.description.name)
-            except Exception:  # A store that cannot be read for a while must not end the service.
-                logger.exception(
-                    "cannot follow %s; still serving %s", self.model, self.served.description.name
-                )
+    async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
+        """The images of recipes, by model NAME@VERSION: uint8 `[N, H, W, C]`; or `Busy`.
 
-    async def sample(self, request: SampleRequest) -> Samples | Refusal:
-        """Generate images, together with what other requests ask for at the moment."""
-        return await self._batch(request)
+        Raises `UserError` for what the model cannot do, `StorageError` if it is not there.
+        """
+        model = await self.model(version)
+        images = await self._batcher.submit((version, model), recipes)
+        if isinstance(images, Busy):
+            self._work += images.seconds * len(recipes) / model.pace.limit
+        return images
 
-    @serve.batch(
-        max_batch_size=MAX_BATCH_IMAGES,
-        batch_wait_timeout_s=BATCH_WAIT_SECONDS,
-        batch_size_fn=_total,
-    )
-    async def _batch(self, requests: list[SampleRequest]) -> list[Samples | Refusal]:
-        return await asyncio.to_thread(self._generate, requests)
+    def _make(self, model: tuple[str, Loaded], recipes: list[Recipe]) -> np.ndarray:
+        # A batch that is half full is half the work: as many again would take little longer.
+        full = min(1.0, len(recipes) / model[1].pace.limit)
+        began = time.monotonic()
+        images = _make(model, recipes)
+        self._work += full * (time.monotonic() - began)
+        return images
 
-    def _generate(self, requests: list[SampleRequest]) -> list[Samples | Refusal]:
-        served = self.served
-        drawn = [_draw(served.G, request) for request in requests]
-        groups = iter(_images(served.G, [draw for draw in drawn if isinstance(draw, Draw)]))
-        return [
-            draw
-            if isinstance(draw, Refusal)
-            else Samples(
-                next(groups),
-                served.description.name,
-                draw.class_id,
-                served.G.class_names[draw.class_id],
-            )
-            for draw in drawn
-        ]
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """`work` asked for since the last call, turned away or not, as part of what can be done."""
+        now = time.monotonic()
+        work, since = self._work, self._since
+        self._work, self._since = 0.0, now
+        return {"work": work / max(now - since, 1e-3)}
 
-    def describe(self) -> Description:
-        """What is served by now."""
-        return self.served.description
+    async def directions(self, version: str) -> Directions:
+        """The directions of a model NAME@VERSION, which is loaded by then."""
+        return (await self.model(version)).directions
 
+    async def walk(
+        self, version: str, stops: Sequence[Recipe], frames: int, loop: bool
+    ) -> list[Recipe]:
+        """The recipes of the frames between images (`biggan.interpolation.walk`)."""
+        model = await self.model(version)
+        return walk(model.G, stops, frames, model.directions, loop=loop)
 
-def _draw(G: Generator, request: SampleRequest) -> Draw | Refusal:
-    """What a request comes down to with this model."""
-    try:
-        found = class_id(request.class_, G.class_names)
-    except UnknownClassError as error:
-        return Refusal("class", request.class_, str(error))
-    try:
-        z = G.latents(range(request.seed, request.seed + request.n), request.truncation)
-    except UserError as error:  # Seeds in the schema's bounds fit every model.
-        return Refusal("truncation", request.truncation, str(error))
-    return Draw(z, found, request.truncation)
+    async def embedding(self, version: str, classes: Mapping[int, float]) -> list[float]:
+        """The embedding of a mixture of classes."""
+        recipe = Recipe(classes=dict(classes), seed=0)
+        y: list[float] = embeddings((await self.model(version)).G, [recipe])[0].tolist()
+        return y
 
 
-def _images(G: Generator, draws: list[Draw]) -> list[np.ndarray]:
-    """The images of several requests, made together."""
-    if not draws:
-        return []
-    z = torch.cat([draw.z for draw in draws])
-    ids = torch.cat([torch.full((len(draw.z),), draw.class_id) for draw in draws])
-    truncations = [draw.truncation for draw in draws for _ in draw.z]
-    ends = np.cumsum([len(draw.z) for draw in draws])[:-1]
-    return np.split(G.render(z, ids, truncations), ends)
+def load_model(version: str, storage: str | None, device: torch.device) -> Loaded:
+    """Load a model NAME@VERSION, and find out how many images it makes in `BATCH_SECONDS`.
+
+    That also warms it up: the first batch of a size is slow.
+    """
+    G = load_generator(version, root=storage, device=device)
+    directions = find_directions(G)
+    G.fold_spectral_norms()  # Nothing is left to be estimated in a forward.
+    if G.device.type == "cuda":
+        G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loaded, recipes = Loaded(G, directions, Pace()), [Recipe(classes={0: 1.0}, seed=0)]
+    while len(recipes) <= MAX_BATCH_IMAGES:
+        _make((version, loaded), recipes)  # The first of a size is slow, and the second counts.
+        loaded.pace.limit = len(recipes)
+        began = time.perf_counter()
+        _make((version, loaded), recipes)
+        if time.perf_counter() - began > BATCH_SECONDS:
+            break
+        recipes = 2 * recipes
+    return loaded
+
+
+def _make(model: tuple[str, Loaded], recipes: list[Recipe]) -> np.ndarray:
+    began = time.perf_counter()
+    images = synthesize(model[1].G, recipes, model[1].directions)
+    model[1].pace.note(len(recipes), time.perf_counter() - began)
+    return images
+
+
+def deployed(max_models: int) -> type[Sampler]:
+    """A `Sampler` for Ray Serve: models used least recently make room for others.
+
+    Serve routes a request to a replica that has its model, where there is one.
+    """
+
+    class DeployedSampler(Sampler):
+        def __init__(self, storage: str | None, ledger: DeploymentHandle[Any]) -> None:
+            super().__init__(storage, Reporter(ledger.record.remote))
+
+        @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
+        async def model(self, version: str) -> Loaded:
+            return await asyncio.to_thread(load_model, version, self.storage, own_device())
+
+    return DeployedSampler

@@ -1,9 +1,12 @@
 """The whole path by `ray job submit` on three hosts, from images to an endpoint, all on S3."""
 
+import re
+
 import pytest
 from conftest import TINY
 
 import biggan
+from biggan.client import EndpointError
 from biggan.runs import read_metrics
 from biggan.storage import Folder, locate, storage_root
 
@@ -18,7 +21,8 @@ def printed(on_prem, digits):
         "train": f"{train} --scaling.cpus-per-worker 2",  # A host's three have room for one.
         "sweep": f"jobs/sweep.py --name few {FLAGS} --num-trials 3",
         "promote": "jobs/promote.py --sweep few",
-        "serve": "-m serving --model digits@best --host 0.0.0.0 --detach",
+        "key": "-m serving.keys make tester",
+        "serve": "-m serving --models digits@best --host 0.0.0.0 --detach",
     }
     yield {verb: on_prem.submit(command) for verb, command in commands.items()}
     on_prem.head.run("serve shutdown --yes")
@@ -36,13 +40,17 @@ def test_two_workers_train_on_two_hosts(on_prem, digits, printed):
 
 def test_a_sweep_is_promoted_and_served(on_prem, printed):
     assert "model digits@v1: FID" in printed["promote"]
-    image = biggan.Client(f"http://{on_prem.head.address}:8000").arrays(7, seed=1)
+    url = f"http://{on_prem.head.address}:8000"
+    with pytest.raises(EndpointError, match="401"):
+        biggan.Client(url).classes()
+    [key] = re.findall(r"^bg_\w+$", printed["key"], re.MULTILINE)
+    image = biggan.Client(url, key=key).arrays(7, seed=1)
     expected = biggan.load_generator("digits@best").sample([7], seed=1)
     assert abs(image.astype(int) - expected.astype(int)).max() <= 1
 
 
 def test_everything_lies_in_s3(on_prem, printed):
-    assert Folder(storage_root()).children() == ["datasets", "models", "runs", "sweeps"]
+    assert Folder(storage_root()).children() == ["datasets", "keys", "models", "runs", "sweeps"]
     assert {"config.json", "metrics.jsonl", "samples"} <= {*locate("runs", "two").children()}
     assert {"trials.csv", "best.yaml"} <= {*locate("sweeps", "few").children()}
     for host in on_prem.head, *on_prem.workers:

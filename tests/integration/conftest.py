@@ -4,18 +4,45 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, free_port
+import torch
+from conftest import ROOT, add_imported, free_port
 from ray import serve
+
+from biggan.config import ModelConfig
+from biggan.models import ModelStore
+from biggan.networks import Generator
 
 
 @pytest.fixture(scope="session")
-def endpoint(tiny_model):
-    """`python -m serving` on the shared cluster, serving `tiny@best`; gives its URL."""
+def pair(storage):
+    """Generators of model `pair`: of `pair@best`, and of `pair@candidate`."""
+    generators = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = ModelConfig(ch_g=4, z_dim=24, attention=())
+        G = Generator(config, resolution=16, channels=3, n_classes=4).eval()
+        add_imported("pair", G)
+        generators.append(G)
+    ModelStore("pair").set_alias("best", "v1")
+    ModelStore("pair").set_alias("candidate", "v2")
+    return generators
+
+
+@pytest.fixture(scope="session")
+def endpoint(cluster, tiny_model, pair):
+    """`python -m serving` on the shared cluster, `tiny@best` by default; gives its URL.
+
+    A sampler holds one model at a time, and half of the requests for `pair` go to its candidate.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "serving", "--model", "tiny@best", "--port", str(port)]
-    done = subprocess.run([*command, "--detach"], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        *(sys.executable, "-m", "serving", "--models", "tiny@best", "pair", "--port", str(port)),
+        *("--canary", "pair@best", "50", "pair@candidate", "50", "--max-models", "1"),
+        *("--no-auth", "--detach"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     url = f"http://127.0.0.1:{port}"
-    assert f"serving tiny@v1 at {url}" in done.stdout
+    assert f"serving tiny@v1, pair@v1, pair@v2 at {url}" in done.stdout
     yield url
     serve.shutdown()

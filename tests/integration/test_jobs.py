@@ -99,7 +99,7 @@ def test_a_model_is_evaluated_generated_from_and_served(
     commands = (
         f"jobs/evaluate.py --model {model}",
         f"jobs/generate.py --model {model} --format parquet --n 30 --output {parts}",
-        f"-m serving --model {model} --port {port} --detach",
+        f"-m serving --models {model} --port {port} --no-auth --detach",
     )
     with ThreadPoolExecutor() as pool:
         printed = list(

@@ -1,0 +1,414 @@
+"""The HTTP interface: routes, what they document of themselves, and how their answers look."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, FastAPI, Query, Request
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.encoding import MEDIA_TYPES, Answer, Made
+from serving.keys import Door, Keys, RequireKey
+from serving.ledger import Reporter, Served
+from serving.problems import ProblemError, install
+from serving.schemas import (
+    MAX_UPLOAD_BODY_BYTES,
+    ClassesAnswer,
+    DirectionsAnswer,
+    EditRequest,
+    FoundAnswer,
+    GenerateRequest,
+    Health,
+    ImagesAnswer,
+    ImagesRequest,
+    ImagesResponse,
+    InterpolateRequest,
+    InvertRequest,
+    ModelEntry,
+    ModelName,
+    ModelsAnswer,
+    Problem,
+    Progress,
+    Ready,
+    UpscaleRequest,
+    VerifyAnswer,
+    VerifyRequest,
+)
+from serving.service import Service
+
+logger = logging.getLogger("ray.serve")
+
+PAGE = Path(__file__).parent / "page"
+
+DESCRIPTION = """\
+Images of the best generators in a model store.
+
+- **Make** images of a class or a mixture (`/v1/generate`), the way between them
+  (`/v1/interpolate`), changes along directions found in the model (`/v1/edit`).
+- **Start from an image**: find its latent (`/v1/invert`), or images whose small picture it is
+  (`/v1/upscale`).
+- **Ask** whether an image came from here (`/v1/verify`).
+- Programs written for the widely used images API work with `/v1/images/generations`.
+
+A seed makes the same image again, so that a request with one may be repeated safely. Errors are
+`application/problem+json` and name the field, the value and the limit.
+"""
+
+ERRORS: dict[int, tuple[str, dict[str, Any]]] = {
+    400: (
+        "The body is not text that can be read.",
+        {"detail": "There was an error parsing the body"},
+    ),
+    401: ("No key, or one that is not known.", {"detail": "send Authorization: Bearer KEY"}),
+    403: ("The key may not do this.", {"detail": "key alice may not use model faces"}),
+    404: (
+        "There is no such model.",
+        {"detail": "model cats is not served here; served are: digits"},
+    ),
+    413: ("The body is too long.", {"detail": "the body is longer than 65536 bytes"}),
+    415: (
+        "The upload is no image of a kind that is read.",
+        {"detail": "image: must be PNG, JPEG, ..."},
+    ),
+    422: (
+        "A field is wrong; the answer names it, its value and the limit.",
+        {
+            "detail": "n = 100: Input should be less than or equal to 64",
+            "errors": [
+                {"field": "n", "value": 100, "limit": "Input should be less than or equal to 64"}
+            ],
+        },
+    ),
+    429: (
+        "More than the key's rate or quota; try again after Retry-After seconds.",
+        {"detail": "rate"},
+    ),
+    503: (
+        "Too much to do at the moment; try again after Retry-After seconds.",
+        {"detail": "the endpoint has too much to do"},
+    ),
+}
+
+
+PROBLEM = {"$ref": "#/components/schemas/Problem"}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of an operation as OpenAPI documents them, an example each."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        description, said = ERRORS[status]
+        example = Problem(title=HTTPStatus(status).phrase, status=status, **said).model_dump()
+        described[status] = {
+            "description": description,
+            "content": {"application/problem+json": {"schema": PROBLEM, "example": example}},
+        }
+        if status in (429, 503):
+            described[status]["headers"] = {
+                "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}
+            }
+    return described
+
+
+def files(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """The answer of an operation that gives files of some kinds, or JSON."""
+    content: dict[str, Any] = {
+        MEDIA_TYPES[kind]: {"schema": {"type": "string", "format": "binary"}} for kind in kinds
+    }
+    headers = {
+        "X-Model": {"schema": {"type": "string"}, "description": "NAME@VERSION that made them."},
+        "X-Seed": {"schema": {"type": "integer"}, "description": "Of the first image."},
+    }
+    return {
+        200: {
+            "model": ImagesAnswer,
+            "description": "The images, in the format asked for.",
+            "content": content,
+            "headers": headers,
+        }
+    }
+
+
+UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["progress", "result", "problem"]},
+        "data": {"type": "string", "description": "JSON"},
+    },
+    "required": ["event", "data"],
+}
+SEARCHED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": FoundAnswer,
+        "description": "What was found, the best first; with `stream`, server-sent events"
+        " `progress` and, last, `result` (this) or `problem`.",
+        "content": {"text/event-stream": {"schema": EVENT}},
+    }
+}
+UPLOADING = ("/v1/invert", "/v1/upscale", "/v1/verify")
+MAKING = (400, 401, 403, 404, 413, 422, 429, 503)
+ASKING = (401, 403, 404, 422, 429, 503)
+ModelQuery = Annotated[ModelName | None, Query(description="As of a request.")]
+
+
+class Api:
+    """The routes, over a `Service`."""
+
+    def __init__(self, service: Service, guard: RequireKey) -> None:
+        self.service = service
+        self.open, self.closed = APIRouter(), APIRouter(dependencies=[Depends(guard)])
+        self._post("/v1/generate", self.generate, files("png", "webp", "jpeg", "numpy", "zip"))
+        self._post(
+            "/v1/interpolate",
+            self.interpolate,
+            files("webp", "gif", "mp4", "png", "numpy", "zip"),
+        )
+        self._post("/v1/edit", self.edit, files("png", "webp", "jpeg", "numpy", "zip"))
+        self._post("/v1/invert", self.invert, SEARCHED)
+        self._post("/v1/upscale", self.upscale, SEARCHED)
+        self._post("/v1/images/generations", self.images, None)
+        self._post("/v1/verify", self.verify, None)
+        self._get("/v1/models", self.models)
+        self._get("/v1/models/{model}", self.model)
+        self._get("/v1/classes", self.classes)
+        self._get("/v1/directions", self.directions)
+        self.open.add_api_route("/healthz", self.healthz, tags=["health"])
+        self.open.add_api_route("/readyz", self.readyz, tags=["health"], responses=problems(503))
+        self.closed.add_api_route(
+            "/metrics", self.metrics, tags=["health"], response_class=PlainTextResponse
+        )
+        self.open.add_api_route("/", self.page, include_in_schema=False)
+        self.open.add_api_route("/page/{file}", self.page, include_in_schema=False)
+
+    def _post(
+        self, path: str, route: Callable[..., Any], answers: dict[int | str, Any] | None
+    ) -> None:
+        responses = problems(*MAKING, *((415,) if path in UPLOADING else ())) | (answers or {})
+        kind: dict[str, Any] = {"response_model": None} if answers else {}
+        self.closed.add_api_route(
+            path, route, methods=["POST"], responses=responses, tags=["images"], **kind
+        )
+
+    def _get(self, path: str, route: Callable[..., Any]) -> None:
+        self.closed.add_api_route(path, route, responses=problems(*ASKING), tags=["models"])
+
+    async def generate(
+        self, http: Request, request: Annotated[GenerateRequest, Body()]
+    ) -> Response:
+        """Images of a class, or of a mixture of classes."""
+        return _file(http, *await self.service.generate(http.state.key, request))
+
+    async def interpolate(
+        self, http: Request, request: Annotated[InterpolateRequest, Body()]
+    ) -> Response:
+        """The way from image to image, as frames or as an animation that loops without a jump."""
+        return _file(http, *await self.service.interpolate(http.state.key, request))
+
+    async def edit(self, http: Request, request: Annotated[EditRequest, Body()]) -> Response:
+        """An image changed along directions of the model, and towards a class."""
+        return _file(http, *await self.service.edit(http.state.key, request))
+
+    async def invert(self, http: Request, request: Annotated[InvertRequest, Body()]) -> Response:
+        """The latent of an image: to be edited, and to be a stop of an interpolation."""
+        return await self._search(http, request)
+
+    async def upscale(self, http: Request, request: Annotated[UpscaleRequest, Body()]) -> Response:
+        """Images of the model whose small picture is the uploaded one (PULSE).
+
+        Several, as it may be the small picture of many. Detail is made up, not recovered.
+        """
+        return await self._search(http, request)
+
+    async def _search(self, http: Request, request: InvertRequest | UpscaleRequest) -> Response:
+        news = self.service.search(http.state.key, request)
+        first = await anext(news)  # What is wrong with the request is told as an error, not event.
+        if request.stream:
+            return StreamingResponse(
+                _events(http, news, first), media_type="text/event-stream", headers=UNBUFFERED
+            )
+        async with aclosing(news):
+            while not isinstance(first, FoundAnswer):
+                if await http.is_disconnected():
+                    return Response(status_code=499)
+                first = await anext(news)
+        _note_found(http, first)
+        return Response(first.model_dump_json(by_alias=True), media_type="application/json")
+
+    async def images(
+        self, http: Request, request: Annotated[ImagesRequest, Body()]
+    ) -> ImagesResponse:
+        """The widely used images API: the prompt is a class name, or the nearest to it."""
+        made, answer = await self.service.images(http.state.key, request)
+        _note(http, made)
+        return answer
+
+    async def verify(
+        self, http: Request, request: Annotated[VerifyRequest, Body()]
+    ) -> VerifyAnswer:
+        """Whether an image came from the models that are served: made again, and compared."""
+        return await self.service.verify(http.state.key, request)
+
+    async def models(self) -> ModelsAnswer:
+        """The models that are served, every version of them."""
+        return await self.service.models()
+
+    async def model(self, model: ModelName) -> ModelEntry:
+        """One model: NAME, NAME@ALIAS or NAME@VERSION."""
+        return await self.service.model(model)
+
+    async def classes(self, model: ModelQuery = None) -> ClassesAnswer:
+        """The classes that can be asked for."""
+        return await self.service.classes(model)
+
+    async def directions(self, model: ModelQuery = None) -> DirectionsAnswer:
+        """The directions in which the model's images change most (SeFa), the strongest first."""
+        return await self.service.directions(model)
+
+    async def healthz(self) -> Health:
+        """Whether the gateway works."""
+        return Health()
+
+    async def readyz(self) -> Ready:
+        """Whether images can be made: the default model is loaded."""
+        return Ready(model=await self.service.ready())
+
+    async def metrics(self) -> Response:
+        """Requests, latency, images and batches, for Prometheus."""
+        return Response(await self.service.counts.metrics(), media_type=PROMETHEUS)
+
+    async def page(self, file: str = "index.html") -> Response:
+        """The page, for people."""
+        if not (file.replace(".", "").isalnum() and (PAGE / file).is_file()):
+            raise ProblemError(404, f"no such page: {file[:100]}")
+        return FileResponse(PAGE / file, headers=PAGE_HEADERS)
+
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " img-src 'self' blob: data:; media-src blob:; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Observe:
+    """Tells the ledger of every request to a documented route."""
+
+    def __init__(self, app: ASGIApp, reporter: Reporter) -> None:
+        self.app, self.reporter = app, reporter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, began = 500, time.perf_counter()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            route = scope.get("route")
+            if isinstance(route, APIRoute) and route.include_in_schema:
+                noted = scope.get("state", {})
+                self.reporter.add(
+                    Served(
+                        operation=route.path,
+                        key=key.name if (key := noted.get("key")) else "",
+                        model=noted.get("model", ""),
+                        status=status,
+                        seconds=time.perf_counter() - began,
+                        images=noted.get("images", 0),
+                    )
+                )
+
+
+def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastAPI:
+    """The application over a service; `reporter` is told of every request.
+
+    Without `keys` everybody is let in.
+    """
+    app = FastAPI(title="BigGAN endpoint", description=DESCRIPTION, version="1")
+    guard = RequireKey(keys)
+    api = Api(service, guard)
+    app.include_router(api.open)
+    app.include_router(api.closed)
+    install(app, dict.fromkeys(UPLOADING, MAX_UPLOAD_BODY_BYTES))
+    app.add_middleware(Door, guard=guard)
+    app.openapi = lambda: _with_problem(app)  # type: ignore[method-assign]
+    app.add_middleware(Observe, reporter=reporter)
+    return app
+
+
+def _with_problem(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the schema of errors, which FastAPI knows as no route's answer."""
+    document = FastAPI.openapi(app)
+    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] |= schema.pop("$defs") | {"Problem": schema}
+    return document
+
+
+async def _events(
+    http: Request, news: AsyncGenerator[Progress | FoundAnswer, None], first: Progress | FoundAnswer
+) -> AsyncIterator[bytes]:
+    """Server-sent events of long work; it ends when the client is gone."""
+    try:
+        yield _event("progress" if isinstance(first, Progress) else "result", first)
+        async for item in news:
+            if isinstance(item, FoundAnswer):
+                _note_found(http, item)
+            yield _event("progress" if isinstance(item, Progress) else "result", item)
+    except Exception as error:
+        if not isinstance(error, ProblemError):
+            logger.exception("defect in the endpoint")
+            error = ProblemError(500, "the endpoint failed; its log says why")
+        title = HTTPStatus(error.status).phrase
+        yield _event(
+            "problem",
+            Problem(title=title, status=error.status, detail=error.detail, errors=error.errors),
+        )
+    finally:
+        await news.aclose()
+
+
+def _event(name: str, content: BaseModel) -> bytes:
+    return f"event: {name}\ndata: {content.model_dump_json(by_alias=True)}\n\n".encode()
+
+
+def _note_found(http: Request, answer: FoundAnswer) -> None:
+    http.state.model, http.state.images = answer.model, len(answer.candidates)
+
+
+def _note(http: Request, made: Made) -> None:
+    """What was made, for the metrics."""
+    http.state.model, http.state.images = made.model.reference, len(made.images)
+
+
+def _file(http: Request, made: Made, answer: Answer) -> Response:
+    _note(http, made)
+    first = made.recipes[0]
+    headers = {
+        "X-Model": made.model.reference,
+        "Content-Disposition": f'inline; filename="{answer.filename}"',
+    }
+    if first.seed is not None:
+        headers["X-Seed"] = str(first.seed)
+    return Response(answer.content, headers=headers, media_type=answer.media_type)

@@ -1,0 +1,185 @@
+"""Which models an endpoint serves, and which version a request gets.
+
+A request names NAME, NAME@ALIAS or NAME@VERSION. Aliases are followed as they move in the store: a
+new version is loaded before it takes over, so that nobody waits for it. Of a NAME alone, a canary
+may send a share of the requests to another alias; which, the request's seed decides, so that a
+repeated request goes the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from biggan.directions import read_names
+from biggan.latents import Stream, rng
+from biggan.models import (
+    GeneratorConfig,
+    ModelCard,
+    ModelStore,
+    load_card,
+    read_generator_config,
+    split_reference,
+    weights_sha256,
+)
+from biggan.storage import Folder, StorageError
+from serving.problems import ProblemError
+from serving.schemas import FieldProblem
+
+logger = logging.getLogger("ray.serve")
+
+FRESH_SECONDS = 1.0
+"""So long an alias is taken to point where it did."""
+STALE_SECONDS = 5.0
+"""So long it is still followed while it is looked up anew; after that a request waits for that."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model version that is served: all that is to be known without its weights."""
+
+    name: str
+    card: ModelCard
+    config: GeneratorConfig
+    weights: str
+    """SHA-256 of the weights file."""
+    direction_names: dict[int, str]
+
+    @classmethod
+    def read(cls, folder: Folder) -> Model:
+        """The model version of a folder; raises `StorageError` if it is damaged."""
+        return cls(
+            folder.parent.name,
+            load_card(folder),
+            read_generator_config(folder),
+            weights_sha256(folder),
+            read_names(folder),
+        )
+
+    @property
+    def reference(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.name}@{self.card.version}"
+
+
+@dataclass
+class _Followed:
+    model: Model
+    looked: float
+    refresh: asyncio.Task[None] | None = None
+
+
+class Catalogue:
+    """The models that an endpoint serves."""
+
+    def __init__(
+        self,
+        references: Sequence[str],
+        canary: Mapping[str, float],
+        root: str | None,
+        warm: Callable[[str], Awaitable[object]],
+    ) -> None:
+        """Serve the models of `references`, NAME or NAME@ALIAS, the first by default.
+
+        All versions of their NAMEs may be asked for. `canary` gives NAME@ALIAS weights, by which
+        requests for NAME alone are shared. `warm` loads a NAME@VERSION into the sampler.
+        """
+        self.root, self.warm = root, warm
+        self.shares: dict[str, dict[str, float]] = {}
+        for reference in references:
+            name, alias = split_reference(reference)
+            self.shares.setdefault(name, {alias: 1.0})
+        drawn: dict[str, dict[str, float]] = {}
+        for reference, weight in canary.items():
+            name, alias = split_reference(reference)
+            drawn.setdefault(name, {})[alias] = weight
+        self.shares.update(drawn)
+        self._followed: dict[str, _Followed] = {}
+        self._versions: dict[str, Model] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the models, the default first."""
+        return list(self.shares)
+
+    def choose(self, reference: str | None, seed: int) -> str:
+        """NAME@ALIAS or NAME@VERSION for what a request names; raises `ProblemError` 404."""
+        name, _, version = (reference or self.names[0]).partition("@")
+        if name not in self.shares:
+            served = f"served are: {', '.join(self.names)}"
+            detail = f"model {name} is not served here; {served}"
+            raise ProblemError(404, detail, [_wrong(reference, served)])
+        return f"{name}@{version or self._draw(name, seed)}"
+
+    def _draw(self, name: str, seed: int) -> str:
+        shares = self.shares[name]
+        if len(shares) == 1:
+            return next(iter(shares))
+        weights = np.array(list(shares.values()))
+        at = rng(seed, Stream.CANARY).random()
+        return list(shares)[int(np.searchsorted(weights.cumsum() / weights.sum(), at, "right"))]
+
+    async def find(self, reference: str | None, seed: int = 0) -> Model:
+        """The version that a request gets; raises `ProblemError` 404 if there is none."""
+        chosen = self.choose(reference, seed)
+        if followed := self._followed.get(chosen):
+            age = time.monotonic() - followed.looked
+            if age > FRESH_SECONDS and (followed.refresh is None or followed.refresh.done()):
+                followed.refresh = asyncio.create_task(self._follow(chosen, followed))
+            if age > STALE_SECONDS and followed.refresh:
+                await asyncio.shield(followed.refresh)
+            return followed.model
+        try:
+            model = await asyncio.to_thread(self._read, chosen)
+        except StorageError as error:
+            detail = f"no model {chosen}; see /v1/models"
+            raise ProblemError(404, detail, [_wrong(reference, str(error))]) from None
+        self._followed[chosen] = _Followed(model, time.monotonic())
+        return model
+
+    async def _follow(self, chosen: str, followed: _Followed) -> None:
+        """Look up an alias anew; a store that cannot be read must not end the service."""
+        try:
+            model = await asyncio.to_thread(self._read, chosen)
+            if model.reference != followed.model.reference:
+                await self.warm(model.reference)
+                logger.info("%s is %s now", chosen, model.reference)
+            followed.model = model
+        except Exception:
+            logger.exception("cannot follow %s; still serving %s", chosen, followed.model.reference)
+        followed.looked = time.monotonic()
+
+    def _read(self, chosen: str) -> Model:
+        name, version = split_reference(chosen)
+        store = ModelStore(name, self.root)
+        found = store.resolve(version)
+        if f"{name}@{found}" not in self._versions:
+            self._versions[f"{name}@{found}"] = Model.read(store.folder / found)
+        return self._versions[f"{name}@{found}"]
+
+    async def all(self) -> list[tuple[Model, list[str], float]]:
+        """Every version of the served names, its aliases, and its share of requests for NAME."""
+        return await asyncio.to_thread(self._all)
+
+    def _all(self) -> list[tuple[Model, list[str], float]]:
+        found = []
+        for name, shares in self.shares.items():
+            store = ModelStore(name, self.root)
+            aliases = store.aliases()
+            for version in store.versions():
+                pointing = [alias for alias, place in aliases.items() if place == version]
+                share = sum(
+                    w for alias, w in shares.items() if aliases.get(alias, alias) == version
+                )
+                model = self._read(f"{name}@{version}")
+                found.append((model, pointing, share / sum(shares.values())))
+        return found
+
+
+def _wrong(reference: str | None, limit: str) -> FieldProblem:
+    return FieldProblem(field="model", value=reference, limit=limit)

@@ -1,0 +1,155 @@
+"""What goes through the endpoint: counted in one place, whatever the number of gateways.
+
+A gateway asks here, before images are made, whether the key may have them. Gateways and samplers
+send what they saw once a second; `/metrics` gives it to Prometheus, and `/v1/models` the latency
+and error rate of each model version, by which a canary is judged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serving.keys import Key
+from serving.limits import Admission, Meter, Refusal
+from serving.schemas import Observed
+
+logger = logging.getLogger("ray.serve")
+
+REMEMBERED = 1000
+"""Newest requests of a model version that its latency and error rate are taken over."""
+SEND_SECONDS = 1.0
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request that was answered."""
+
+    operation: str
+    """The route: `/v1/generate`."""
+    key: str
+    """Name of the API key; empty without one."""
+    model: str
+    """NAME@VERSION; empty where no model was asked."""
+    status: int
+    seconds: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a sampler."""
+
+    replica: str
+    images: int
+    backlog: int
+    """Images that were left waiting."""
+
+
+class Ledger:
+    """Counts requests, images and batches."""
+
+    def __init__(self, root: str | None = None) -> None:
+        """Quotas are kept under the storage root `root`."""
+        self.meter = Meter(root)
+        self.meter.start()
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "biggan_requests",
+            "Requests answered.",
+            ("operation", "key", "model", "status"),
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "biggan_request_seconds",
+            "Time from a request's arrival at the gateway to the end of its answer.",
+            ("operation", "model"),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.images = Counter(
+            "biggan_images", "Images made.", ("key", "model"), registry=self.registry
+        )
+        self.batches = Histogram(
+            "biggan_batch_images", "Images a batch.", buckets=IMAGES, registry=self.registry
+        )
+        self.backlog = Gauge(
+            "biggan_backlog_images",
+            "Images that wait for a batch.",
+            ("replica",),
+            registry=self.registry,
+        )
+        self._newest: dict[str, deque[tuple[float, bool]]] = defaultdict(
+            lambda: deque(maxlen=REMEMBERED)
+        )
+
+    async def record(self, events: Sequence[Served | Batch]) -> None:
+        """Count what a gateway or a sampler saw."""
+        for event in events:
+            if isinstance(event, Batch):
+                self.backlog.labels(event.replica).set(event.backlog)
+                self.batches.observe(event.images)
+                continue
+            labels = (event.operation, event.key, event.model, str(event.status))
+            self.requests.labels(*labels).inc()
+            self.seconds.labels(event.operation, event.model).observe(event.seconds)
+            if event.images:
+                self.images.labels(event.key, event.model).inc(event.images)
+            if event.model:
+                self._newest[event.model].append((event.seconds, event.status < 500))
+
+    async def take(self, key: Key, images: int) -> Admission | Refusal:
+        """Count images to be made with a key, or refuse them."""
+        return self.meter.take(key, images)
+
+    async def give_back(self, key: Key, images: int) -> None:
+        """Count no more what was taken for work that failed."""
+        self.meter.give_back(key, images)
+
+    async def metrics(self) -> bytes:
+        """All counts in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    async def observed(self) -> dict[str, Observed]:
+        """How each model version fared over its newest requests, by NAME@VERSION."""
+        return {model: _observed(list(newest)) for model, newest in self._newest.items()}
+
+
+def _observed(newest: list[tuple[float, bool]]) -> Observed:
+    good = [1000 * seconds for seconds, ok in newest if ok]
+    p50, p95 = np.percentile(good, [50, 95]).tolist() if good else (None, None)
+    rate = 1 - len(good) / len(newest)
+    return Observed(requests=len(newest), error_rate=rate, p50_ms=p50, p95_ms=p95)
+
+
+class Reporter:
+    """Sends events to a ledger once a second; what cannot be sent is kept for the next time."""
+
+    def __init__(self, send: Callable[[list[Served | Batch]], Awaitable[None]]) -> None:
+        """`send` is `Ledger.record`, here or behind a handle."""
+        self.send = send
+        self._events: list[Served | Batch] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, event: Served | Batch) -> None:
+        """Note an event; there must be a running loop."""
+        self._events.append(event)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._send_soon())
+
+    async def _send_soon(self) -> None:
+        await asyncio.sleep(SEND_SECONDS)
+        events, self._events = self._events, []
+        try:
+            await self.send(events)
+        except Exception:
+            logger.exception("the ledger does not answer; %d events are kept", len(events))
+            self._events = (events + self._events)[-10_000:]

@@ -1,0 +1,434 @@
+"""What the endpoint does, apart from HTTP: each operation from a checked request to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import io
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from datetime import datetime
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from biggan.classes import UnknownClassError, class_id
+from biggan.directions import Directions
+from biggan.inversion import FACTORS, Progress
+from biggan.pixels import to_pil
+from biggan.provenance import Verdict, describe, read_origin
+from biggan.recipe import Origin, Recipe
+from serving import recipes
+from serving.batching import Busy
+from serving.catalogue import Catalogue, Model
+from serving.encoding import Answer, Made, base64_text, encode, encode_motion, picture_file
+from serving.keys import Key
+from serving.limits import Admission, Refusal
+from serving.problems import ProblemError
+from serving.schemas import (
+    MAX_FRAMES,
+    B64Image,
+    ClassEntry,
+    ClassesAnswer,
+    DirectionEntry,
+    DirectionsAnswer,
+    EditRequest,
+    Found,
+    FoundAnswer,
+    GenerateRequest,
+    ImagesRequest,
+    ImagesResponse,
+    InterpolateRequest,
+    InvertRequest,
+    ModelEntry,
+    ModelsAnswer,
+    Observed,
+    UpscaleRequest,
+    VerifyAnswer,
+    VerifyRequest,
+)
+from serving.schemas import Progress as Step
+from serving.searcher import Result, Task
+from serving.uploads import Decoder, decode_base64
+
+MAX_SIDE = 1024
+"""Pixels of an enlarged picture's or animation's longer side."""
+
+
+NOTHING_OBSERVED = Observed(requests=0, error_rate=0.0, p50_ms=None, p95_ms=None)
+
+
+class Painter(Protocol):
+    """Who makes images: `serving.sampler.Sampler`, here or behind a handle."""
+
+    async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
+        """The images of recipes, or that there is no room for them."""
+
+    async def walk(
+        self, version: str, stops: Sequence[Recipe], frames: int, loop: bool
+    ) -> list[Recipe]:
+        """The recipes of the frames between images."""
+
+    async def embedding(self, version: str, classes: Mapping[int, float]) -> list[float]:
+        """The embedding of a mixture of classes."""
+
+    async def directions(self, version: str) -> Directions:
+        """The directions of a model."""
+
+
+class Seeker(Protocol):
+    """Who searches: `serving.searcher.Searcher`, here or behind a handle."""
+
+    def search(self, task: Task) -> AsyncGenerator[Progress | Result, None]:
+        """How far a search is, from time to time, and last what it found."""
+
+
+class Counts(Protocol):
+    """Who counts: `serving.ledger.Ledger`, here or behind a handle."""
+
+    async def take(self, key: Key, images: int) -> Admission | Refusal:
+        """Count images to be made with a key, or refuse them."""
+
+    async def give_back(self, key: Key, images: int) -> None:
+        """Count no more what was taken for work that failed."""
+
+    async def observed(self) -> dict[str, Observed]:
+        """How each model version fared of late, by NAME@VERSION."""
+
+    async def metrics(self) -> bytes:
+        """All counts in Prometheus' text format."""
+
+
+class Service:
+    """The endpoint's operations."""
+
+    def __init__(
+        self, catalogue: Catalogue, painter: Painter, seeker: Seeker, counts: Counts
+    ) -> None:
+        """Serve the models of `catalogue` with what `painter` makes and `seeker` finds."""
+        self.catalogue, self.painter = catalogue, painter
+        self.seeker, self.counts = seeker, counts
+        self.decoder = Decoder()
+        self._ready = ""
+
+    async def generate(self, key: Key | None, request: GenerateRequest) -> tuple[Made, Answer]:
+        """Images of a class."""
+        seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+        model = await self.catalogue.find(request.model, seed)
+        made = await self._make(key, model, recipes.generated(request, seed, model))
+        answer = await asyncio.to_thread(
+            encode, made, request.format, request.layout, request.columns
+        )
+        return made, answer
+
+    async def interpolate(
+        self, key: Key | None, request: InterpolateRequest
+    ) -> tuple[Made, Answer]:
+        """The way from image to image."""
+        legs = len(request.stops) - (0 if request.loop else 1)
+        if legs * request.frames + (0 if request.loop else 1) > MAX_FRAMES:
+            limit = f"{legs} times that, and more than {MAX_FRAMES} in all"
+            recipes.refuse("frames", request.frames, limit)
+        model = await self.catalogue.find(request.model, request.stops[0].seed or 0)
+        if model.config.resolution * request.scale > MAX_SIDE:
+            limit = f"{model.config.resolution} pixels may grow to {MAX_SIDE}"
+            recipes.refuse("scale", request.scale, limit)
+        stops = recipes.stops(request.stops, request.truncation, model)
+        frames = await self.painter.walk(model.reference, stops, request.frames, request.loop)
+        made = await self._make(key, model, frames)
+        answer = await asyncio.to_thread(
+            encode_motion,
+            made,
+            request.format,
+            columns=request.frames,
+            fps=request.fps,
+            scale=request.scale,
+        )
+        return made, answer
+
+    async def edit(self, key: Key | None, request: EditRequest) -> tuple[Made, Answer]:
+        """An image changed along directions, and towards a class."""
+        model = await self.catalogue.find(request.model, request.image.seed or 0)
+        towards = None
+        if request.morph and request.image.y is not None:
+            classes = recipes.morph_classes(request, model)
+            towards = await self.painter.embedding(model.reference, classes)
+        made = await self._make(key, model, recipes.edited(request, model, towards))
+        columns = request.columns or request.steps
+        answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
+        return made, answer
+
+    async def search(
+        self, key: Key | None, request: InvertRequest | UpscaleRequest
+    ) -> AsyncGenerator[Step | FoundAnswer, None]:
+        """The latent of an image, or images whose small picture it is; progress, then the answer.
+
+        Closed before its end, it ends the search.
+        """
+        began = time.monotonic()
+        model = await self.catalogue.find(request.model, request.seed)
+        wanted = None if request.class_ is None else recipes.mixture("class", request.class_, model)
+        image, factor = await self._upload(request, model)
+        task = Task(
+            version=model.reference,
+            image=image,
+            factor=factor,
+            class_ids=None if wanted is None else tuple(wanted),
+            candidates=request.candidates,
+            seed=request.seed,
+            seconds=request.deadline - (time.monotonic() - began),
+        )
+        async with (
+            self._admitted(key, model, request.candidates),
+            aclosing(self.seeker.search(task)) as news,
+        ):
+            async for item in news:
+                if isinstance(item, Result):
+                    seconds = time.monotonic() - began
+                    yield await asyncio.to_thread(_found, model, item, seconds)
+                else:
+                    yield await asyncio.to_thread(_step, item)
+
+    async def _upload(
+        self, request: InvertRequest | UpscaleRequest, model: Model
+    ) -> tuple[np.ndarray, int]:
+        """The uploaded image as the search wants it, and by how much it is to be enlarged."""
+        data = decode_base64(request.image, "image")
+        mode: Literal["L", "RGB"] = "L" if model.config.channels == 1 else "RGB"
+        side = model.config.resolution
+        if isinstance(request, InvertRequest):
+            return await self.decoder.decode(data, mode=mode, side=side), 1
+        image = await self.decoder.decode(data, mode=mode)
+        fitting = [f for f in FACTORS if f * max(image.shape[:2]) <= side]
+        factor = request.factor or max(fitting, default=FACTORS[0])
+        if factor not in FACTORS or side // factor < 2:
+            recipes.refuse("factor", factor, f"must be 2, 4 or 8, and below {side} pixels")
+        if image.shape[:2] != (side // factor, side // factor):
+            image = await self.decoder.decode(data, mode=mode, side=side // factor)
+        return image, factor
+
+    async def verify(self, key: Key | None, request: VerifyRequest) -> VerifyAnswer:
+        """Whether an image came from the models that are served."""
+        data = decode_base64(request.image, "image")
+        # Even of a file with no origin it is looked whether it is an image at all.
+        await self.decoder.decode(data, mode="RGB")
+        origin = read_origin(data)
+        if origin is None:
+            return VerifyAnswer(status="no origin", detail="says nothing of where it came from")
+        try:
+            model = await self.catalogue.find(origin.model)
+        except ProblemError as error:
+            return _verdict(Verdict(status="unknown model", origin=origin, sentence=error.detail))
+        if model.weights != origin.weights:
+            sentence = f"{model.reference} of this store has other weights than the picture names"
+            return _verdict(Verdict(status="unknown model", origin=origin, sentence=sentence))
+        if len(origin.recipes) > MAX_FRAMES:
+            sentence = f"names more than {MAX_FRAMES} images: too many to be made again here"
+            return _verdict(Verdict(status="claimed", origin=origin, sentence=sentence))
+        side = model.config.resolution
+        nothing = np.empty((0, side, side, model.config.channels), np.uint8)
+        verdict = await self.decoder.compare(origin, data, nothing)
+        if verdict is None:
+            made = await self._make(key, model, list(origin.recipes))
+            verdict = await self.decoder.compare(origin, data, made.images)
+        assert verdict
+        return _verdict(verdict)
+
+    async def images(self, key: Key | None, request: ImagesRequest) -> tuple[Made, ImagesResponse]:
+        """What the widely used images API asks for."""
+        seed = secrets.randbelow(2**31)
+        model = await self.catalogue.find(request.model, seed)
+        wanted = nearest_class(request.prompt, model)
+        n = request.n or 1
+        made = await self._make(
+            key, model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
+        )
+        return made, await asyncio.to_thread(_images_response, made, request, wanted)
+
+    async def models(self) -> ModelsAnswer:
+        """Every version of the models that are served, and how it fared of late."""
+        observed = await self.counts.observed()
+        return ModelsAnswer(data=[_entry(*found, observed) for found in await self.catalogue.all()])
+
+    async def model(self, reference: str) -> ModelEntry:
+        """One of them."""
+        wanted = (await self.catalogue.find(reference)).reference
+        entries = (await self.models()).data
+        return next(entry for entry in entries if entry.id == wanted)
+
+    async def ready(self) -> str:
+        """NAME@VERSION of the default model, which has been loaded by then.
+
+        Asked once a version: who asks again and again must not keep an idle sampler from leaving.
+        """
+        model = await self.catalogue.find(None)
+        if model.reference != self._ready:
+            await self.painter.directions(model.reference)
+            self._ready = model.reference
+        return model.reference
+
+    async def classes(self, model: str | None) -> ClassesAnswer:
+        """The classes that can be asked for."""
+        found = await self.catalogue.find(model)
+        entries = [ClassEntry(id=i, name=name) for i, name in enumerate(found.config.class_names)]
+        return ClassesAnswer(model=found.reference, classes=entries)
+
+    async def directions(self, model: str | None) -> DirectionsAnswer:
+        """The directions in which a model's images can be changed."""
+        found = await self.catalogue.find(model)
+        directions = await self.painter.directions(found.reference)
+        return DirectionsAnswer(
+            model=found.reference,
+            directions=[
+                DirectionEntry(
+                    index=i,
+                    name=found.direction_names.get(i, str(i)),
+                    stage=directions.stages[i],
+                    effect=effect,
+                )
+                for i, effect in enumerate(directions.effects.tolist())
+            ],
+        )
+
+    async def _make(self, key: Key | None, model: Model, wanted: list[Recipe]) -> Made:
+        async with self._admitted(key, model, len(wanted)):
+            images = await self.painter.synthesize(model.reference, wanted)
+            if isinstance(images, Busy):
+                raise too_busy(images.seconds)
+        return Made(model, wanted, images)
+
+    @asynccontextmanager
+    async def _admitted(self, key: Key | None, model: Model, images: int) -> AsyncIterator[None]:
+        """Count images for a key, unless they are not made; raises `ProblemError` 403 or 429."""
+        if key is None:
+            yield
+            return
+        key.check_model(model.name)
+        answer = await self.counts.take(key, images)
+        if isinstance(answer, Refusal):
+            raise answer.problem()
+        try:
+            yield
+        except BaseException:
+            await self.counts.give_back(key, images)
+            raise
+
+
+def too_busy(seconds: float = 0.0) -> ProblemError:
+    """What a client is told whose request finds no room."""
+    wait = {"Retry-After": str(max(1, math.ceil(seconds)))}
+    return ProblemError(503, "the endpoint has too much to do", headers=wait)
+
+
+def _entry(
+    model: Model, aliases: list[str], share: float, observed: Mapping[str, Observed]
+) -> ModelEntry:
+    card = model.card
+    return ModelEntry(
+        id=model.reference,
+        created=int(datetime.fromisoformat(card.created).timestamp()),
+        aliases=aliases,
+        share=share,
+        resolution=model.config.resolution,
+        channels=model.config.channels,
+        n_classes=len(model.config.class_names),
+        observed=observed.get(model.reference, NOTHING_OBSERVED),
+        **card.model_dump(include={"fid", "fid_protocol", "dataset", "run", "kimg", "licence"}),
+    )
+
+
+def _png(image: np.ndarray, origin: Origin | None = None) -> str:
+    """An image as PNG in base64."""
+    if origin:
+        return base64_text(picture_file(to_pil(image), "png", origin))
+    file = io.BytesIO()
+    to_pil(image).save(file, "PNG")
+    return base64_text(file.getvalue())
+
+
+def _step(progress: Progress) -> Step:
+    return Step(
+        step=progress.step,
+        steps=progress.steps,
+        psnr=progress.psnr,
+        image=_png(progress.image),
+    )
+
+
+def _found(model: Model, result: Result, seconds: float) -> FoundAnswer:
+    found = result.inversion
+    made = Made(model, found.recipes, found.images)
+    return FoundAnswer(
+        model=model.reference,
+        candidates=[
+            Found(
+                image=_png(image, made.origin(slice(i, i + 1))),
+                psnr=found.psnr[i],
+                class_=model.config.class_names[next(iter(found.recipes[i].classes))],
+                latent=recipes.told(found.recipes[i], model),
+            )
+            for i, image in enumerate(found.images)
+        ],
+        steps=result.steps,
+        seconds=seconds,
+        finished=result.finished,
+    )
+
+
+def _verdict(verdict: Verdict) -> VerifyAnswer:
+    return VerifyAnswer(
+        status=verdict.status,
+        detail=verdict.sentence,
+        model=verdict.origin.model if verdict.origin else None,
+        description=describe(verdict.origin) if verdict.origin else None,
+        largest_difference=verdict.largest,
+        mean_difference=verdict.mean,
+        synthetic=True if verdict.status == "verified" else None,
+    )
+
+
+def nearest_class(prompt: str, model: Model) -> int:
+    """The class that a prompt names, or that its words come nearest to; raises `ProblemError`."""
+    names = model.config.class_names
+    if prompt.strip() in names:
+        return names.index(prompt.strip())
+    lowered = {name.lower(): i for i, name in enumerate(names)}
+    words = prompt.lower().replace(",", " ").replace(".", " ").split()
+    spans = [
+        " ".join(words[i : i + length])
+        for length in range(min(len(words), 4), 0, -1)
+        for i in range(len(words) - length + 1)
+    ]
+    for span in spans:  # Longer ones first: "polar bear" before "bear".
+        if span in lowered:
+            return lowered[span]
+    for span in spans:
+        if near := difflib.get_close_matches(span, lowered, n=1, cutoff=0.75):
+            return lowered[near[0]]
+    try:
+        return class_id(prompt.strip(), names)
+    except UnknownClassError as error:
+        recipes.refuse("prompt", prompt, str(error))
+
+
+def _images_response(made: Made, request: ImagesRequest, wanted: int) -> ImagesResponse:
+    kind = request.output_format or "png"
+    data = []
+    for i, image in enumerate(made.images):
+        picture = to_pil(image)
+        if request.size and request.size != "auto":
+            width, height = map(int, request.size.split("x"))
+            if max(width, height) > MAX_SIDE:
+                recipes.refuse("size", request.size, f"sides are {MAX_SIDE} pixels at most")
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        text = base64_text(picture_file(picture, kind, made.origin(slice(i, i + 1))))
+        name = made.model.config.class_names[wanted]
+        if request.response_format == "url":
+            data.append(B64Image(url=f"data:image/{kind};base64,{text}", revised_prompt=name))
+        else:
+            data.append(B64Image(b64_json=text, revised_prompt=name))
+    return ImagesResponse(created=int(time.time()), data=data)

@@ -1,0 +1,41 @@
+"""An endpoint of a random model that makes some thirty images a second, on the shared cluster."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, add_imported, free_port
+from load.clients import Reference
+from ray import serve
+
+from biggan.config import ModelConfig
+from biggan.networks import Generator
+
+
+@pytest.fixture(scope="session")
+def reference(storage):
+    """What the model `loaded@best` makes of the seeds that clients ask for."""
+    torch.manual_seed(0)
+    config = ModelConfig(ch_g=32, z_dim=24, attention=())
+    G = Generator(config, resolution=32, channels=3, n_classes=4).eval()
+    add_imported("loaded", G)
+    return Reference(G)
+
+
+@pytest.fixture(scope="session")
+def deploy(cluster, reference):
+    """Runs `python -m serving` with the options given to it, and again; gives the URL."""
+    port = free_port()
+
+    def run(*options):
+        command = [
+            *(sys.executable, "-m", "serving", "--models", "loaded@best", "--port", str(port)),
+            *("--cpus-per-replica", "0.5", "--no-auth", "--detach", *options),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return f"http://127.0.0.1:{port}"
+
+    yield run
+    serve.shutdown()

@@ -1,0 +1,445 @@
+"""The endpoint's operations over HTTP, held against the generator's own images."""
+
+import base64
+import io
+import random
+import string
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+
+import biggan
+from biggan.client import EndpointError
+from biggan.directions import find_directions
+from biggan.pixels import sheet
+from biggan.recipe import Recipe
+from biggan.synthesis import synthesize
+
+PROBLEM = "application/problem+json"
+
+
+def post(endpoint, path, body, **options):
+    return requests.post(f"{endpoint}/v1/{path}", json=body, timeout=60, **options)
+
+
+def pixels(content):
+    """A picture's pixels, [H, W, C]."""
+    image = np.asarray(Image.open(io.BytesIO(content)))
+    return image if image.ndim == 3 else image[..., None]
+
+
+def frames(content):
+    """All frames of a moving picture, [N, H, W]."""
+    picture, found = Image.open(io.BytesIO(content)), []
+    for i in range(picture.n_frames):
+        picture.seek(i)
+        found.append(np.asarray(picture.convert("L")))
+    return np.stack(found)
+
+
+def listed(answer):
+    """The pixels of a JSON answer's images, [N, H, W, C]."""
+    return np.stack([pixels(base64.b64decode(item["image"])) for item in answer["images"]])
+
+
+def grey_levels(a, b):
+    assert a.shape == b.shape
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+@pytest.mark.parametrize(
+    "image_format,apart", [("png", 1), ("webp", 1), ("jpeg", 30), ("numpy", 1), ("json", 1)]
+)
+def test_every_format_carries_the_models_images(endpoint, grey, image_format, apart):
+    expected = grey.sample([3] * 4, seed=7, truncation=0.5)
+    body = {"class": 3, "n": 4, "seed": 7, "truncation": 0.5, "format": image_format}
+    response = post(endpoint, "generate", body)
+    assert response.status_code == 200, response.text
+    if image_format == "numpy":
+        found = np.load(io.BytesIO(response.content), allow_pickle=False)
+    elif image_format == "json":
+        found = listed(response.json())
+    else:
+        assert response.headers["Content-Type"] == f"image/{image_format}"
+        expected = np.asarray(sheet(expected, 2, min_side=1))[..., None]
+        found = np.asarray(Image.open(io.BytesIO(response.content)).convert("L"))[..., None]
+    assert grey_levels(found, expected) <= apart
+    assert response.headers["X-Model"] == "grey@v1"
+    assert response.headers["X-Seed"] == "7"
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_layouts(endpoint, colour, image_format):
+    expected = colour.sample([2] * 6, seed=5)
+    body = {"model": "colour", "class": "digit 2", "n": 6, "seed": 5, "format": image_format}
+    apart = 60 if image_format == "jpeg" else 1
+    grid = pixels(post(endpoint, "generate", body | {"columns": 6}).content)
+    assert grey_levels(grid, np.asarray(sheet(expected, 6, min_side=1))) <= apart
+    archive = zipfile.ZipFile(
+        io.BytesIO(post(endpoint, "generate", body | {"layout": "zip"}).content)
+    )
+    assert archive.namelist() == [f"{i:03d}.{image_format}" for i in range(6)]
+    zipped = np.stack([pixels(archive.read(name)) for name in archive.namelist()])
+    assert grey_levels(zipped, expected) <= apart
+    answer = post(endpoint, "generate", body | {"layout": "list"}).json()
+    assert answer["media_type"] == f"image/{image_format}"
+    assert [item["seed"] for item in answer["images"]] == [5, 6, 7, 8, 9, 10]
+    assert grey_levels(listed(answer), expected) <= apart
+
+
+def test_a_mixture_of_classes(endpoint, grey):
+    mixture = torch.zeros(2, 10)
+    mixture[:, [0, 4]] = torch.tensor([0.25, 0.75])
+    expected = grey.render(grey.latents([9, 10]), mixture, [None] * 2)
+    for weights in ({"digit 0": 1.0, "4": 3.0}, {"0": 0.25, "digit 4": 0.75}):
+        body = {"class": weights, "n": 2, "seed": 9, "format": "json"}
+        answer = post(endpoint, "generate", body).json()
+        assert grey_levels(listed(answer), expected) <= 1
+        assert answer["images"][0]["latent"]["class"] == {"digit 0": 0.25, "digit 4": 0.75}
+
+
+def test_a_random_seed_is_told(endpoint):
+    first = post(endpoint, "generate", {"class": "digit 9"})
+    assert pixels(first.content).shape == (16, 16, 1)
+    again = post(endpoint, "generate", {"class": 9, "seed": int(first.headers["X-Seed"])})
+    assert grey_levels(pixels(again.content), pixels(first.content)) <= 1
+    assert post(endpoint, "generate", {"class": 9}).headers["X-Seed"] != first.headers["X-Seed"]
+
+
+def test_edits_are_steps_along_directions(endpoint, grey):
+    directions = find_directions(grey)
+    told = requests.get(f"{endpoint}/v1/directions", timeout=60).json()
+    assert [d["index"] for d in told["directions"]] == list(range(24))
+    assert [d["effect"] for d in told["directions"]] == pytest.approx(directions.effects.tolist())
+    z = grey.latents([3])
+    moved = z + 2.5 * directions.vectors[0] - 1.0 * directions.vectors[5]
+    expected = grey.render(torch.cat([z, moved]), torch.tensor([7, 7]), [None] * 2)
+    body = {"image": {"class": 7, "seed": 3}, "edits": {"0": 2.5, "5": -1}, "format": "json"}
+    answer = post(endpoint, "edit", body).json()
+    assert grey_levels(listed(answer), expected[1:]) <= 1
+    strip = post(endpoint, "edit", body | {"steps": 5}).json()
+    assert grey_levels(listed(strip)[[0, 4]], expected) <= 1
+    half = [item["latent"]["edits"] for item in strip["images"]][2]
+    assert half == {"0": 1.25, "5": -0.5}
+    sent_back = post(endpoint, "edit", {"image": answer["images"][0]["latent"], "format": "json"})
+    assert grey_levels(listed(sent_back.json()), expected[1:]) <= 1
+
+
+def test_a_morph_mixes_classes(endpoint, grey):
+    body = {"image": {"class": 1, "seed": 3}, "morph": {"class": 8, "amount": 0.5}, "steps": 3}
+    found = listed(post(endpoint, "edit", body | {"format": "json"}).json())
+    mixtures = torch.zeros(3, 10)
+    mixtures[:, 1], mixtures[:, 8] = torch.tensor([1, 0.75, 0.5]), torch.tensor([0, 0.25, 0.5])
+    expected = grey.render(grey.latents([3]).repeat(3, 1), mixtures, [None] * 3)
+    assert grey_levels(found, expected) <= 1
+    # An embedding of its own is mixed with that of the class.
+    y = grey.embed(mixtures[[0]])[0]
+    image = {"z": grey.latents([3])[0].tolist(), "y": y.tolist()}
+    found = listed(post(endpoint, "edit", body | {"image": image, "format": "json"}).json())
+    assert grey_levels(found, expected) <= 1
+
+
+@pytest.mark.parametrize("image_format", ["webp", "gif"])
+def test_an_animation_loops_without_a_jump(endpoint, grey, image_format):
+    body = {
+        "stops": [{"class": 3, "seed": 1}, {"class": 8, "seed": 2}],
+        "frames": 12,
+        "format": image_format,
+    }
+    response = post(endpoint, "interpolate", body)
+    assert response.headers["Content-Type"] == f"image/{image_format}"
+    found = frames(response.content)
+    assert len(found) == 24
+    ends = grey.sample([3, 8], seed=[1, 2])[..., 0]
+    assert grey_levels(found[[0, 12]], ends) <= 1
+    steps = np.abs(np.diff(found[[*range(24), 0]].astype(float), axis=0)).mean((1, 2))
+    assert steps[-1] <= 2 * np.median(steps)
+    assert steps.max() <= 3 * np.median(steps)
+
+
+def test_frames_in_other_formats(endpoint, grey):
+    body = {"stops": [{"class": 3, "seed": 1}, {"class": 8, "seed": 2}], "frames": 5}
+    body |= {"loop": False}
+    answer = post(endpoint, "interpolate", body | {"format": "json"}).json()
+    expected = listed(answer)
+    assert len(expected) == 6
+    assert grey_levels(expected[[0, -1]], grey.sample([3, 8], seed=[1, 2])) <= 1
+    array = post(endpoint, "interpolate", body | {"format": "numpy"}).content
+    assert grey_levels(np.load(io.BytesIO(array)), expected) <= 1
+    page = pixels(post(endpoint, "interpolate", body | {"format": "png"}).content)
+    assert page.shape == (2 * 18 + 2, 5 * 18 + 2, 1)
+    movie = post(endpoint, "interpolate", body | {"format": "mp4", "scale": 4})
+    assert movie.headers["Content-Type"] == "video/mp4"
+    assert movie.content[4:8] == b"ftyp"
+    latent = answer["images"][2]["latent"]
+    again = post(endpoint, "edit", {"image": latent, "format": "json"}).json()
+    assert grey_levels(listed(again), expected[[2]]) <= 1
+
+
+def test_a_seed_gives_the_same_image_whatever_it_is_batched_with(endpoint, grey):
+    expected = grey.sample([5], seed=11)[0]
+    results = []
+
+    def ask(i):
+        body = {"class": 5, "seed": 11 - i, "n": i + 1, "format": "numpy"}
+        while (response := post(endpoint, "generate", body)).status_code == 503:
+            assert response.headers["Retry-After"] == "1"
+        results.append(np.load(io.BytesIO(response.content))[i])
+
+    threads = [threading.Thread(target=ask, args=(i % 12,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 12
+    for image in results:
+        assert grey_levels(image, expected) <= 1
+
+
+@pytest.mark.parametrize(
+    "path,body,field,said",
+    [
+        ("generate", {}, "class", "required"),
+        ("generate", {"class": "cat"}, "class", "no class is named 'cat'"),
+        ("generate", {"class": 10}, "class", "ids go from 0 to 9"),
+        ("generate", {"class": -1}, "class", "greater than or equal to 0"),
+        ("generate", {"class": 1.5}, "class", "integer"),
+        ("generate", {"class": True}, "class", "valid"),
+        ("generate", {"class": None}, "class", "valid"),
+        ("generate", {"class": ""}, "class", "at least 1"),
+        ("generate", {"class": "x" * 300}, "class", "at most 200"),
+        ("generate", {"class": {}}, "class", "at least 1"),
+        ("generate", {"class": {"0": 0}}, "class", "greater than 0"),
+        ("generate", {"class": {"0": 1.0, "cat": 1.0}}, "class", "cat"),
+        ("generate", {"class": "\ud800"}, "class", ""),
+        ("generate", {"class": 3, "n": 0}, "n", "greater than or equal to 1"),
+        ("generate", {"class": 3, "n": 65}, "n", "less than or equal to 64"),
+        ("generate", {"class": 3, "n": "4"}, "n", "integer"),
+        ("generate", {"class": 3, "seed": -1}, "seed", "greater than or equal to 0"),
+        ("generate", {"class": 3, "seed": 2**53}, "seed", "less than or equal to"),
+        ("generate", {"class": 3, "seed": 10**400}, "seed", ""),
+        ("generate", {"class": 3, "truncation": 0}, "truncation", "greater than 0"),
+        ("generate", {"class": 3, "truncation": "high"}, "truncation", "number"),
+        ("generate", {"class": 3, "format": "bmp"}, "format", "'png'"),
+        ("generate", {"class": 3, "layout": "pile"}, "layout", "'grid'"),
+        ("generate", {"class": 3, "columns": 0}, "columns", "greater than or equal to 1"),
+        ("generate", {"class": 3, "edits": {"24": 1.0}}, "edits", "0 to 23"),
+        ("generate", {"class": 3, "edits": {"smile": 1.0}}, "edits", "0 to 23"),
+        ("generate", {"class": 3, "trunc": 1}, "trunc", "no such field"),
+        ("generate", {"class": 3, "model": "../../etc/passwd"}, "model", "match pattern"),
+        ("generate", {"class": 3, "model": "grey@../../x"}, "model", "match pattern"),
+        ("generate", [], "body", "dictionary"),
+        ("generate", "text", "body", "dictionary"),
+        ("generate", None, "body", ""),
+        ("edit", {"image": {"class": 3}}, "image", "either seed or z"),
+        ("edit", {"image": {"seed": 3}}, "image", "give a class, or y"),
+        ("edit", {"image": {"class": 3, "z": [1.0]}}, "image.z", "24 numbers"),
+        ("edit", {"image": {"y": [1.0], "seed": 1}}, "image.y", "128 numbers"),
+        ("edit", {"image": {"class": 3, "z": [1e5]}}, "image", "less than or equal to"),
+        ("edit", {"image": {"class": 3, "seed": 1}, "morph": {}}, "morph", "required"),
+        ("interpolate", {"stops": [{"class": 3, "seed": 1}]}, "stops", "at least 2"),
+        (
+            "interpolate",
+            {"stops": [{"class": 3, "seed": 1}] * 3, "frames": 200},
+            "frames",
+            "more than 256 in all",
+        ),
+        (
+            "interpolate",
+            {"stops": [{"class": 3, "seed": 1}, {"class": "cat", "seed": 1}]},
+            "stops.1.class",
+            "cat",
+        ),
+        ("images/generations", {"prompt": "a polar bear"}, "prompt", "no class"),
+        ("images/generations", {"prompt": "digit 3", "size": "2000x2"}, "size", "1024"),
+        ("images/generations", {"prompt": "digit 3", "n": 11}, "n", "less than or equal"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_limit(endpoint, path, body, field, said):
+    response = post(endpoint, path, body)
+    assert response.status_code == 422
+    assert response.headers["Content-Type"] == PROBLEM
+    problem = response.json()
+    assert problem["status"] == 422
+    assert field in [error["field"] for error in problem["errors"]]
+    assert said in str(problem["errors"])
+
+
+@pytest.mark.parametrize(
+    "model,said",
+    [("digits", "served are: grey, colour"), ("grey@v7", "grey@v7"), ("grey@old", "grey@old")],
+)
+def test_a_model_that_is_not_served(endpoint, model, said):
+    for response in (
+        post(endpoint, "generate", {"class": 3, "model": model}),
+        requests.get(f"{endpoint}/v1/classes", params={"model": model}, timeout=60),
+        requests.get(f"{endpoint}/v1/models/{model}", timeout=60),
+    ):
+        assert response.status_code == 404
+        assert response.headers["Content-Type"] == PROBLEM
+        assert said in str(response.json())
+
+
+@pytest.mark.parametrize(
+    "content,status",
+    [
+        (b"", 422),
+        (b"{", 422),
+        (b"\xff\xfe", 422),
+        (b'{"class": NaN}', 422),
+        (b'{"class": 3, "truncation": Infinity}', 422),
+        (b'{"class": 3, "truncation": 1e999}', 422),
+        (b"[" * 30_000, 400),
+        (b'{"class": "' + b"x" * 70_000 + b'"}', 413),
+    ],
+)
+def test_a_body_that_is_no_request(endpoint, content, status):
+    headers = {"Content-Type": "application/json"}
+    response = requests.post(f"{endpoint}/v1/generate", data=content, headers=headers, timeout=60)
+    assert response.status_code == status
+    assert response.headers["Content-Type"] == PROBLEM
+
+
+def test_no_random_body_fails_the_endpoint(endpoint):
+    draw = random.Random(0)
+
+    def value(depth=0):
+        return draw.choice(
+            [
+                lambda: draw.choice([None, True, False, "3", 3, "png", "numpy", "", "json"]),
+                lambda: draw.randint(-(2**70), 2**70),
+                lambda: draw.uniform(-200, 200),
+                lambda: "".join(draw.choices(string.printable + "ÿ\0√", k=draw.randint(0, 30))),
+                lambda: [value(depth + 1) for _ in range(draw.randint(0, 2))] if depth < 3 else 0,
+                lambda: {"class": value(depth + 1)} if depth < 3 else {},
+            ]
+        )()
+
+    names = ["class", "class_", "n", "seed", "truncation", "format", "", "extra"]
+    session, statuses = requests.Session(), []
+    for _ in range(400):
+        body = {"class": 3} | {draw.choice(names): value() for _ in range(draw.randint(0, 3))}
+        response = session.post(f"{endpoint}/v1/generate", json=body, timeout=60)
+        statuses.append(response.status_code)
+    assert set(statuses) == {200, 422}
+
+
+def test_other_errors_are_problems_too(endpoint):
+    for method, path, status in (
+        ("GET", "/v1/generate", 405),
+        ("GET", "/v2", 404),
+        ("POST", "/v1/classes", 405),
+        ("GET", "/page/..%2fapi.py", 404),
+        ("GET", "/page/nothing.js", 404),
+    ):
+        response = requests.request(method, endpoint + path, timeout=60)
+        assert response.status_code == status
+        assert response.headers["Content-Type"] == PROBLEM
+        assert response.json()["status"] == status
+
+
+def test_every_example_of_the_openapi_document_works(endpoint):
+    assert "swagger" in requests.get(f"{endpoint}/docs", timeout=60).text
+    document = requests.get(f"{endpoint}/openapi.json", timeout=60).json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400:
+                    [[kind, content]] = answer["content"].items()
+                    assert (kind, content["example"]["status"]) == (PROBLEM, int(status))
+            if method != "post":
+                continue
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            name = schema["$ref"].rsplit("/", 1)[-1]
+            for example in document["components"]["schemas"][name]["examples"]:
+                response = requests.post(endpoint + path, json=example, timeout=60)
+                assert response.status_code == 200, (path, example, response.text)
+
+
+def test_models_and_how_they_fare(endpoint, service):
+    post(endpoint, "generate", {"class": 3, "n": 3, "model": "colour"})
+    found = {m["id"]: m for m in requests.get(f"{endpoint}/v1/models", timeout=60).json()["data"]}
+    assert set(found) == {"grey@v1", "colour@v1"}
+    entry = found["grey@v1"]
+    assert (entry["aliases"], entry["share"], entry["resolution"]) == (["best"], 1.0, 16)
+    for reference in ("colour", "colour@best", "colour@v1"):
+        entry = requests.get(f"{endpoint}/v1/models/{reference}", timeout=60).json()
+        assert (entry["id"], entry["channels"], entry["fid"]) == ("colour@v1", 3, None)
+
+
+def as_base64(content):
+    return base64.b64encode(content).decode()
+
+
+def verified(endpoint, content):
+    response = post(endpoint, "verify", {"image": as_base64(content)})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize("model", ["grey", "colour"])
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_images_say_where_they_came_from_and_can_be_verified(endpoint, model, image_format):
+    body = {"model": model, "class": 3, "seed": 4, "truncation": 0.9, "format": image_format}
+    for more in ({}, {"n": 5}, {"edits": {"1": 2.0}}):
+        content = post(endpoint, "generate", body | more).content
+        answer = verified(endpoint, content)
+        assert (answer["status"], answer["model"]) == ("verified", f"{model}@v1"), answer
+        assert answer["synthetic"] is True
+    assert "digit 3, seed 4, truncation 0.9, edited, by" in answer["description"]
+    changed = Image.open(io.BytesIO(content))
+    kept = {"xmp": changed.info["xmp"]} if "xmp" in changed.info else {}
+    changed.paste(255 if changed.getpixel((3, 3)) != 255 else 0, (2, 2, 6, 6))
+    file = io.BytesIO()
+    changed.save(file, image_format, **kept)
+    assert verified(endpoint, file.getvalue())["status"] in ("altered", "no origin")
+
+
+@pytest.mark.parametrize("image_format", ["webp", "gif"])
+def test_an_animation_can_be_verified(endpoint, image_format):
+    body = {"stops": [{"class": 3, "seed": 1}, {"class": 8, "seed": 2}], "frames": 4}
+    content = post(endpoint, "interpolate", body | {"format": image_format, "scale": 2}).content
+    assert verified(endpoint, content)["status"] == "verified"
+
+
+def test_an_image_of_nobodys(endpoint):
+    file = io.BytesIO()
+    Image.new("L", (16, 16)).save(file, "PNG")
+    assert verified(endpoint, file.getvalue())["status"] == "no origin"
+    for content, status in ((b"not an image", 415), (file.getvalue()[:45], 422)):
+        response = post(endpoint, "verify", {"image": as_base64(content)})
+        assert response.status_code == status
+        assert response.headers["Content-Type"] == PROBLEM
+    response = post(endpoint, "verify", {"image": "?"})
+    assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "image")
+
+
+def test_the_client(endpoint, grey):
+    client = biggan.Client(endpoint)
+    assert client.healthy()
+    assert client.classes() == [f"digit {i}" for i in range(10)]
+    assert client.model()["id"] == "grey@v1"
+    images = client.generate("digit 4", n=3, seed=20, truncation=0.8)
+    assert [image.seed for image in images] == [20, 21, 22]
+    assert {(image.class_name, image.truncation, image.model) for image in images} == {
+        ("digit 4", 0.8, "grey@v1")
+    }
+    assert images[0].image.size == (16, 16)
+    arrays = client.arrays(4, n=3, seed=20, truncation=0.8)
+    assert grey_levels(arrays, grey.sample([4] * 3, seed=20, truncation=0.8)) <= 1
+    moving = client.interpolate([images[0].latent, {"class": 3, "seed": 1}], frames=4)
+    assert len(frames(moving)) == 8
+    [edited] = client.edit(images[0].latent, {"0": 3.0}, truncation=0.8)
+    recipe = Recipe(classes={4: 1.0}, seed=20, truncation=0.8, edits={0: 3.0})
+    expected = synthesize(grey, [recipe], find_directions(grey))[0, ..., 0]
+    assert grey_levels(np.asarray(edited.image), expected) <= 1
+    with pytest.raises(EndpointError, match=r"422 Unprocessable.*class = 'cat'") as caught:
+        client.generate("cat")
+    assert caught.value.status == 422
+    coloured = biggan.Client(endpoint, model="colour").arrays("digit 1", n=2, seed=1)
+    assert coloured.shape == (2, 16, 16, 3)
