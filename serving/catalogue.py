@@ -23,9 +23,9 @@ from biggan.models import (
     ModelCard,
     ModelStore,
     load_card,
+    noted_sha256,
     read_generator_config,
     split_reference,
-    weights_sha256,
 )
 from biggan.storage import Folder, StorageError
 from serving.problems import ProblemError
@@ -57,7 +57,7 @@ class Model:
             folder.parent.name,
             load_card(folder),
             read_generator_config(folder),
-            weights_sha256(folder),
+            noted_sha256(folder),
             read_names(folder),
         )
 

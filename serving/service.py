@@ -18,9 +18,10 @@ from PIL import Image
 
 from biggan.classes import UnknownClassError, class_id
 from biggan.directions import Directions
+from biggan.errors import UserError
 from biggan.inversion import FACTORS, Progress
 from biggan.pixels import to_pil
-from biggan.provenance import Verdict, describe, read_origin
+from biggan.provenance import Verdict, altered, describe, read_origin
 from biggan.recipe import Origin, Recipe
 from serving import recipes
 from serving.batching import Busy
@@ -233,7 +234,10 @@ class Service:
         nothing = np.empty((0, side, side, model.config.channels), np.uint8)
         verdict = await self.decoder.compare(origin, data, nothing)
         if verdict is None:
-            made = await self._make(key, model, list(origin.recipes))
+            try:
+                made = await self._make(key, model, list(origin.recipes))
+            except UserError as error:  # Whoever wrote the file could write anything.
+                return _verdict(altered(origin, f"that model cannot have made it: {error}"))
             verdict = await self.decoder.compare(origin, data, made.images)
         assert verdict
         return _verdict(verdict)

@@ -1,8 +1,8 @@
 """The model store: generators exported from runs, versioned, and named by aliases.
 
 `models/NAME/VERSION/` holds `config.json` and `model.safetensors` (the Hugging Face convention),
-`card.json` (a `ModelCard`) and `samples.png`; there is no pickle on this path. A discriminator that
-was imported too is kept in `discriminator.json` and `discriminator.safetensors`.
+`card.json` (a `ModelCard`), `samples.png` and the weights' SHA-256; no pickle is on this path. A
+discriminator that was imported too is kept in `discriminator.json` and `discriminator.safetensors`.
 `models/NAME/aliases.json` maps `best`, and others, to a version; `history.json` holds what they
 were before. `NAME@ALIAS` and `NAME@VERSION` name a model everywhere; `NAME` alone is `NAME@best`.
 """
@@ -30,6 +30,7 @@ from biggan.truncation import TruncationTables
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+WEIGHTS_SHA256 = "model.safetensors.sha256"
 D_CONFIG = "discriminator.json"
 D_WEIGHTS = "discriminator.safetensors"
 CARD = "card.json"
@@ -190,7 +191,9 @@ class ModelStore:
         folder = self.folder / card.version
         with folder.created_whole(marker=CARD, replace=False) as draft:
             draft.write_json(CONFIG, describe(G).model_dump(mode="json"))
-            draft.write_bytes(WEIGHTS, weights_of(G))
+            weights = weights_of(G)
+            draft.write_bytes(WEIGHTS, weights)
+            draft.write_bytes(WEIGHTS_SHA256, hashlib.sha256(weights).hexdigest().encode())
             if D is not None:
                 draft.write_json(D_CONFIG, describe_discriminator(D).model_dump(mode="json"))
                 draft.write_bytes(D_WEIGHTS, weights_of(D))
@@ -323,6 +326,13 @@ def model_name(folder: Folder) -> str:
 def weights_sha256(folder: Folder) -> str:
     """SHA-256 of a model version's weights file; reads it all, so keep the answer."""
     return hashlib.sha256(folder.read_bytes(WEIGHTS)).hexdigest()
+
+
+def noted_sha256(folder: Folder) -> str:
+    """The same as noted when the version was made, where there is such a note."""
+    if folder.exists(WEIGHTS_SHA256):
+        return folder.read_bytes(WEIGHTS_SHA256).decode().strip()
+    return weights_sha256(folder)
 
 
 def load_generator(

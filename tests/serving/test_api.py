@@ -1,5 +1,6 @@
 """The endpoint's operations over HTTP, held against the generator's own images."""
 
+import asyncio
 import base64
 import io
 import random
@@ -17,7 +18,8 @@ import biggan
 from biggan.client import EndpointError
 from biggan.directions import find_directions
 from biggan.pixels import sheet
-from biggan.recipe import Recipe
+from biggan.provenance import save
+from biggan.recipe import Origin, Recipe
 from biggan.synthesis import synthesize
 
 PROBLEM = "application/problem+json"
@@ -405,6 +407,26 @@ def test_an_animation_can_be_verified(endpoint, image_format):
     body = {"stops": [{"class": 3, "seed": 1}, {"class": 8, "seed": 2}], "frames": 4}
     content = post(endpoint, "interpolate", body | {"format": image_format, "scale": 2}).content
     assert verified(endpoint, content)["status"] == "verified"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"classes": {99: 1.0}, "seed": 1},
+        {"classes": {1: 1.0}, "z": [0.0] * 3},
+        {"classes": {1: 1.0}, "seed": 1, "edits": {500: 1.0}},
+        {"classes": {1: 1.0}, "seed": 1, "y": [1.0]},
+    ],
+)
+def test_a_file_that_names_what_no_model_can_make(endpoint, service, grey, recipe):
+    model = asyncio.run(service.catalogue.find("grey"))
+    origin = Origin(
+        model="grey@v1", weights=model.weights, class_names={}, recipes=(Recipe(**recipe),)
+    )
+    content = save(Image.new("L", (16, 16)), "PNG", origin)
+    answer = verified(endpoint, content)
+    assert answer["status"] == "altered"
+    assert "cannot have made it" in answer["detail"]
 
 
 def test_an_image_of_nobodys(endpoint):
