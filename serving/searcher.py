@@ -39,8 +39,8 @@ class Task:
     """Classes to start from; None: all."""
     candidates: int
     seed: int
-    seconds: float
-    """After which the best so far is taken."""
+    until: float
+    """Time, in seconds since 1970, when the best so far is taken: waiting for a searcher counts."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,13 @@ class Searcher:
         Raises `UserError` for an image or class that the model does not take. Closed before its
         end, it ends the search.
         """
-        end = time.monotonic() + task.seconds
         G = await self.model(task.version)
         loop, left = asyncio.get_running_loop(), threading.Event()
         told: asyncio.Queue[Progress] = asyncio.Queue()
 
         def on_step(progress: Progress) -> bool:
             loop.call_soon_threadsafe(told.put_nowait, progress)
-            return left.is_set() or time.monotonic() > end
+            return left.is_set() or time.time() > task.until
 
         work = loop.run_in_executor(self._thread, _search, G, task, on_step)
         try:

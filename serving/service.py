@@ -181,7 +181,7 @@ class Service:
             class_ids=None if wanted is None else tuple(wanted),
             candidates=request.candidates,
             seed=request.seed,
-            seconds=request.deadline - (time.monotonic() - began),
+            until=time.time() + request.deadline - (time.monotonic() - began),
         )
         async with (
             self._admitted(key, model, request.candidates),

@@ -24,8 +24,12 @@ def answering(*answers):
             for answer in answers:
                 connection, _ = listener.accept()
                 with connection:
-                    connection.recv(65536)
+                    asked = b""
+                    while b"\r\n\r\n" not in asked and (more := connection.recv(65536)):
+                        asked += more
                     connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.recv(65536)  # Until the client has closed, for it not to be reset.
 
     threading.Thread(target=serve, daemon=True).start()
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
