@@ -52,7 +52,7 @@ test: install lint  ## lint, format check, types, and all tests
 	$(BIN)/python -m pytest
 
 test-api: install  ## thousands of requests made up from the OpenAPI document
-	BIGGAN_API_EXAMPLES=400 $(BIN)/python -m pytest -n 0 tests/serving/test_schema.py
+	BIGGAN_API_EXAMPLES=460 $(BIN)/python -m pytest -n 0 tests/serving/test_schema.py
 
 test-browser: install  ## the endpoint's page in Chromium
 	$(BIN)/python -m pytest -n 0 tests/browser
