@@ -14,15 +14,14 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image
 
 from biggan.classes import UnknownClassError, class_id
 from biggan.directions import Directions
 from biggan.errors import UserError
 from biggan.inversion import FACTORS, Progress
 from biggan.pixels import to_pil
-from biggan.provenance import Verdict, altered, describe, read_origin
-from biggan.recipe import Origin, Recipe
+from biggan.provenance import Verdict, altered, describe, lay_out, read_origin
+from biggan.recipe import MAX_SIDE, Origin, Recipe
 from serving import recipes
 from serving.batching import Busy
 from serving.catalogue import Catalogue, Model
@@ -55,10 +54,6 @@ from serving.schemas import (
 from serving.schemas import Progress as Step
 from serving.searcher import Result, Task
 from serving.uploads import Decoder, decode_base64
-
-MAX_SIDE = 1024
-"""Pixels of an enlarged picture's or animation's longer side."""
-
 
 NOTHING_OBSERVED = Observed(requests=0, error_rate=0.0, p50_ms=None, p95_ms=None)
 
@@ -244,6 +239,7 @@ class Service:
 
     async def images(self, key: Key | None, request: ImagesRequest) -> tuple[Made, ImagesResponse]:
         """What the widely used images API asks for."""
+        size = _size(request)
         seed = secrets.randbelow(2**31)
         model = await self.catalogue.find(request.model, seed)
         wanted = nearest_class(request.prompt, model)
@@ -251,7 +247,7 @@ class Service:
         made = await self._make(
             key, model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
         )
-        return made, await asyncio.to_thread(_images_response, made, request, wanted)
+        return made, await asyncio.to_thread(_images_response, made, request, size)
 
     async def models(self) -> ModelsAnswer:
         """Every version of the models that are served, and how it fared of late."""
@@ -419,18 +415,25 @@ def nearest_class(prompt: str, model: Model) -> int:
         recipes.refuse("prompt", prompt, str(error))
 
 
-def _images_response(made: Made, request: ImagesRequest, wanted: int) -> ImagesResponse:
+def _size(request: ImagesRequest) -> tuple[int, int] | None:
+    """Width and height asked for; None for the model's own. Raises `ProblemError`."""
+    if request.size is None or request.size == "auto":
+        return None
+    width, height = map(int, request.size.split("x"))
+    if max(width, height) > MAX_SIDE:
+        recipes.refuse("size", request.size, f"sides are {MAX_SIDE} pixels at most")
+    return width, height
+
+
+def _images_response(
+    made: Made, request: ImagesRequest, size: tuple[int, int] | None
+) -> ImagesResponse:
     kind = request.output_format or "png"
     data = []
-    for i, image in enumerate(made.images):
-        picture = to_pil(image)
-        if request.size and request.size != "auto":
-            width, height = map(int, request.size.split("x"))
-            if max(width, height) > MAX_SIDE:
-                recipes.refuse("size", request.size, f"sides are {MAX_SIDE} pixels at most")
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        text = base64_text(picture_file(picture, kind, made.origin(slice(i, i + 1))))
-        name = made.model.config.class_names[wanted]
+    for i, recipe in enumerate(made.recipes):
+        origin = made.origin(slice(i, i + 1), size=size)
+        text = base64_text(picture_file(lay_out(made.images[[i]], origin), kind, origin))
+        name = made.model.config.class_names[next(iter(recipe.classes))]
         if request.response_format == "url":
             data.append(B64Image(url=f"data:image/{kind};base64,{text}", revised_prompt=name))
         else:

@@ -106,6 +106,7 @@ GIVEN = [Recipe(classes={}, z=z, y=y) for z, y in zip(latents(128), latents(128,
 ORIGINS = {
     "one": ONE,
     "corrected": ONE.model_copy(update={"correction": True}),
+    "resized": ONE.model_copy(update={"size": (24, 1024)}),
     "names": origin_of(Recipe(classes=dict.fromkeys(range(4), 0.25), seed=0)),
     "given": origin_of(GIVEN[0].model_copy(update={"edits": {3: -0.1, 0: 1e-30}})),
     "double": origin_of(Recipe(classes={1: 0.1}, z=(0.1, 1 / 3, -1e-300))),
@@ -185,6 +186,7 @@ def test_descriptions():
     assert describe(ORIGINS["names"]) == f"{names}, seed 0, by m@v1; synthetic"
     assert describe(ORIGINS["given"]) == "a given class, a given latent, edited, by m@v1; synthetic"
     assert describe(ORIGINS["64 latents"]) == "64 images of cat, by m@v1; synthetic"
+    assert describe(ORIGINS["resized"]).endswith("by m@v1; resized to 24x1024; synthetic")
     assert describe(ORIGINS["corrected"]).endswith("by m@v1; pixels changed afterwards; synthetic")
 
 
@@ -337,6 +339,57 @@ def test_jpeg_forgives_rounding_but_neither_seeds_nor_quality(model, n):
     png = picture_by(model, "PNG", n)[0]
     again = save(Image.open(io.BytesIO(png)), "JPEG", read_origin(png), quality=60)
     assert verify(again).status == "altered"
+
+
+def resized(model, image_format, size, **options):
+    """A picture of one image, resized, as a file, and its origin."""
+    origin = origin_by(model, [Recipe(classes={1: 1.0}, seed=5)], size=size)
+    return save(lay_out(remake(origin), origin), image_format, origin, **options), origin
+
+
+SIZES = [(40, 40), (16, 16), (9, 31), (1, 1), (700, 1024)]
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize("size", SIZES)
+def test_resized_pictures_are_verified(model, image_format, size):
+    data, origin = resized(model, image_format, size)
+    verdict = verify(data)
+    assert (verdict.status, verdict.origin, verdict.largest) == ("verified", origin, 0)
+    image = Image.fromarray(make(model[1], origin.recipes)[0].squeeze())
+    expected = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    assert np.array_equal(pixels(resized(model, "PNG", size)[0]), expected)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
+def test_changes_of_a_resized_picture_are_found_out(model, image_format):
+    data, origin = resized(model, image_format, (40, 56))
+    picture = Image.open(io.BytesIO(data))
+    others = [recipe.model_copy(update={"seed": 6}) for recipe in origin.recipes]
+    forged = {
+        "block": block(picture),
+        "another seed": lay_out(make(model[1], others), origin),
+        "another size": picture.resize((41, 56)),
+        "not resized": lay_out(remake(origin), origin.model_copy(update={"size": None})),
+        "another filter": Image.open(io.BytesIO(resized(model, image_format, None)[0])).resize(
+            (40, 56), Image.Resampling.NEAREST
+        ),
+    }
+    for what, other in forged.items():
+        assert verify(save(other, image_format, origin)).status == "altered", what
+    # Without its size, the origin is not that of this picture.
+    unsaid = origin.model_copy(update={"size": None})
+    assert verify(save(picture, image_format, unsaid)).status == "altered"
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+def test_one_grey_level_is_no_difference_once_it_is_resized(model, image_format):
+    data, origin = resized(model, image_format, (40, 40))
+    remade = remake(origin)
+    flips = np.random.default_rng(0).random(remade.shape) < 0.01
+    assert compare(origin, data, remade ^ flips).status == "verified"
+    brighter = shifted(Image.open(io.BytesIO(data)), 3 if image_format == "PNG" else 30)
+    assert verify(save(brighter, image_format, origin)).status == "altered"
 
 
 def test_the_colours_of_a_gif_prove_little(storage):
@@ -537,6 +590,18 @@ HOSTILE = {
     "gap negative": bad(gap=-1),
     "scale zero": bad(scale=0),
     "columns a fraction": bad(columns=1.5),
+    "size of a million": bad(size=[10**6, 10**6]),
+    "size of 10,000 digits": wrapped(squeezed(b'{"size":[' + b"9" * 10_000 + b",1]}")),
+    "size above the most": bad(size=[16, 1025]),
+    "size zero": bad(size=[0, 16]),
+    "size negative": bad(size=[-1, 16]),
+    "size a number": bad(size=16),
+    "size a fraction": bad(size=[16.5, 16]),
+    "size of three": bad(size=[16, 16, 16]),
+    "size of a sheet": bad(size=[16, 16], columns=10**6),
+    "size and a gap": bad(size=[16, 16], gap=10**9),
+    "size and a scale": bad(size=[16, 16], scale=10**9),
+    "size of two images": bad(size=[16, 16], recipes=GOOD["recipes"] * 2),
     "class no number": bad_recipe(classes={"cat": 1.0}),
     "weight NaN": bad_recipe(classes={"0": float("nan")}),
     "weight infinite": bad_recipe(classes={"0": float("inf")}),
@@ -564,6 +629,7 @@ def test_hostile_packets_are_no_origins_and_take_little(name):
 def test_the_hostile_packets_differ_from_one_that_is_read():
     for image_format in ("PNG", "WEBP", "JPEG"):
         assert read_origin(xmp_file(bad(), image_format)) == ONE
+        assert read_origin(xmp_file(bad(size=[24, 1024]), image_format)) == ORIGINS["resized"]
     assert read_origin(xmp_file(wrapped(squeezed(json.dumps(GOOD).encode())))) == ONE
 
 
@@ -644,6 +710,19 @@ def test_what_the_command_says_of_a_picture(model, generate_here, tmp_path):
     assert np.array_equal(pixels((tmp_path / "mended.png").read_bytes()), pixels(data))
     status, said = generate_here("--reproduce", picture, "--storage", tmp_path)
     assert (status, said) == (2, f"error: model {origin.model} is not in the store\n")
+
+
+def test_a_resized_picture_is_made_again(model, generate_here, tmp_path):
+    data, origin = resized(model, "PNG", (40, 24))
+    (tmp_path / "a.png").write_bytes(data)
+    status, said = generate_here("--reproduce", tmp_path / "a.png", "--output", tmp_path / "b.png")
+    assert (status, "; resized to 40x24; synthetic" in said) == (0, True)
+    again = (tmp_path / "b.png").read_bytes()
+    assert np.array_equal(pixels(again), pixels(data))
+    assert read_origin(again) == origin
+    (tmp_path / "a.png").write_bytes(save(block(Image.open(io.BytesIO(data))), "PNG", origin))
+    status, said = generate_here("--reproduce", tmp_path / "a.png")
+    assert (status, f"altered: names {origin.model}" in said) == (1, True)
 
 
 def test_an_animation_is_made_again_as_one(model, generate_here, tmp_path):

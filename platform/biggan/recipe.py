@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Finite = Annotated[float, Field(ge=-3.4e38, le=3.4e38, allow_inf_nan=False)]
 """What float32 can hold, for that is what it becomes."""
+MAX_SIDE = 1024
+"""Pixels of the longer side of what is resized, or enlarged by an endpoint."""
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 class Recipe(BaseModel):
@@ -57,8 +60,16 @@ class Origin(BaseModel):
     """Pixels between and around the images of a sheet."""
     scale: Annotated[int, Field(ge=1)] = 1
     """Pixels of the picture along each side of an image's pixel."""
+    size: tuple[Side, Side] | None = None
+    """Width and height that a picture of one image was resized to, bicubically."""
     correction: bool = False
     """Whether pixels were changed after G made them, so that the recipe alone gives others."""
+
+    @model_validator(mode="after")
+    def _resized_alone(self) -> Origin:
+        if self.size and (len(self.recipes), self.columns, self.gap, self.scale) != (1, 1, 0, 1):
+            raise ValueError("size is that of a picture of one image, without columns, gap, scale")
+        return self
 
     @classmethod
     def of(

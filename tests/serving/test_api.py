@@ -18,8 +18,9 @@ import biggan
 from biggan.client import EndpointError
 from biggan.directions import find_directions
 from biggan.pixels import sheet
-from biggan.provenance import save
+from biggan.provenance import read_origin, save
 from biggan.recipe import Origin, Recipe
+from biggan.reproduction import verify
 from biggan.synthesis import synthesize
 
 PROBLEM = "application/problem+json"
@@ -400,6 +401,36 @@ def test_images_say_where_they_came_from_and_can_be_verified(endpoint, model, im
     file = io.BytesIO()
     changed.save(file, image_format, **kept)
     assert verified(endpoint, file.getvalue())["status"] in ("altered", "no origin")
+
+
+@pytest.mark.parametrize("model", ["grey", "colour"])
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("size", ["auto", "40x40", "7x1024"])
+def test_a_resized_image_is_verified_as_any_other(
+    endpoint, request, storage, model, image_format, size
+):
+    body = {"model": model, "prompt": "digit 3", "size": size, "output_format": image_format}
+    body |= {"n": 2, "response_format": "b64_json"}
+    for item in post(endpoint, "images/generations", body).json()["data"]:
+        content = base64.b64decode(item["b64_json"])
+        answer = verified(endpoint, content)
+        assert (answer["status"], answer["model"]) == ("verified", f"{model}@v1"), answer
+        assert verify(content).status == "verified"
+        origin, image = read_origin(content), Image.open(io.BytesIO(content))
+        # Made by hand.
+        [made] = synthesize(request.getfixturevalue(model), origin.recipes, None)
+        expected = Image.fromarray(made.squeeze())
+        if size == "auto":
+            assert "resized" not in answer["description"]
+        else:
+            assert f"; resized to {size}; synthetic" in answer["description"]
+            expected = expected.resize(image.size, Image.Resampling.BICUBIC)
+            assert f"{image.width}x{image.height}" == size
+        both = [np.asarray(picture.convert("RGB")) for picture in (image, expected)]
+        assert grey_levels(*both) <= (60 if image_format == "jpeg" else 2)
+        image.paste(255 if image.getpixel((3, 3)) != 255 else 0, (2, 2, 6, 6))
+        doctored = save(image, image_format, origin)
+        assert verified(endpoint, doctored)["status"] == "altered"
 
 
 @pytest.mark.parametrize("image_format", ["webp", "gif"])
