@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import io
 import math
 import secrets
 import time
@@ -19,13 +18,20 @@ from biggan.classes import UnknownClassError, class_id
 from biggan.directions import Directions
 from biggan.errors import UserError
 from biggan.inversion import FACTORS, Progress
-from biggan.pixels import to_pil
 from biggan.provenance import Verdict, altered, describe, lay_out, read_origin
-from biggan.recipe import MAX_SIDE, Origin, Recipe
+from biggan.recipe import MAX_SIDE, Recipe
 from serving import recipes
 from serving.batching import Busy
 from serving.catalogue import Catalogue, Model
-from serving.encoding import Answer, Made, base64_text, encode, encode_motion, picture_file
+from serving.encoding import (
+    Answer,
+    Made,
+    base64_text,
+    encode,
+    encode_motion,
+    picture_file,
+    single_files,
+)
 from serving.keys import Key
 from serving.limits import Admission, Refusal
 from serving.problems import ProblemError
@@ -187,7 +193,7 @@ class Service:
                     seconds = time.monotonic() - began
                     yield await asyncio.to_thread(_found, model, item, seconds)
                 else:
-                    yield await asyncio.to_thread(_step, item)
+                    yield await asyncio.to_thread(_step, model, item)
 
     async def _upload(
         self, request: InvertRequest | UpscaleRequest, model: Model
@@ -341,37 +347,29 @@ def _entry(
     )
 
 
-def _png(image: np.ndarray, origin: Origin | None = None) -> str:
-    """An image as PNG in base64."""
-    if origin:
-        return base64_text(picture_file(to_pil(image), "png", origin))
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG")
-    return base64_text(file.getvalue())
+def _step(model: Model, progress: Progress) -> Step:
+    [image] = _pngs(Made(model, [progress.recipe], progress.image[None]))
+    return Step(step=progress.step, steps=progress.steps, psnr=progress.psnr, image=image)
 
 
-def _step(progress: Progress) -> Step:
-    return Step(
-        step=progress.step,
-        steps=progress.steps,
-        psnr=progress.psnr,
-        image=_png(progress.image),
-    )
+def _pngs(made: Made) -> list[str]:
+    """Each image as PNG in base64."""
+    return [base64_text(content) for content in single_files(made, "png")]
 
 
 def _found(model: Model, result: Result, seconds: float) -> FoundAnswer:
     found = result.inversion
-    made = Made(model, found.recipes, found.images)
+    pngs = _pngs(Made(model, found.recipes, found.images))
     return FoundAnswer(
         model=model.reference,
         candidates=[
             Found(
-                image=_png(image, made.origin(slice(i, i + 1))),
+                image=image,
                 psnr=found.psnr[i],
                 class_=model.config.class_names[next(iter(found.recipes[i].classes))],
                 latent=recipes.told(found.recipes[i], model),
             )
-            for i, image in enumerate(found.images)
+            for i, image in enumerate(pngs)
         ],
         steps=result.steps,
         seconds=seconds,

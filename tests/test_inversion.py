@@ -181,6 +181,8 @@ def test_progress_is_told(G, image):
     assert told[-1].loss == pytest.approx(found.losses[0], rel=0.05)
     for progress in told:
         assert progress.psnr == psnr(downsample(progress.image, 2), downsample(image, 2))
+        [made] = synthesize(G, [progress.recipe], None)
+        assert np.abs(progress.image.astype(int) - made).max() <= 1
     assert np.abs(told[-1].image.astype(int) - found.images[0]).max() <= 2
 
 

@@ -57,6 +57,8 @@ class Progress:
     """That of the best candidate's image, as in `Inversion.psnr`."""
     image: np.ndarray
     """The best candidate's: uint8 `[H, W, C]`."""
+    recipe: Recipe
+    """What makes that image but for rounding, as in `Inversion.recipes`."""
 
 
 @dataclass(frozen=True)
@@ -242,15 +244,18 @@ class _Search:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         for step in range(1, self.steps + 1):
             images, losses = look()
+            progress = None
+            if self.on_step and (step % REPORT_EVERY == 0 or step == self.steps):
+                # Before the optimizer's step, which moves the latents that these images are of.
+                now = images, losses, z, home + unit * shift, classes
+                progress = self._progress(step, *(x.detach() for x in now))
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
                 z.mul_(radius / z.norm(dim=1, keepdim=True))
-            due = step % REPORT_EVERY == 0 or step == self.steps
-            now = step, images.detach(), losses.detach()
-            if due and self.on_step and self.on_step(self._progress(*now)):
+            if progress and self.on_step and self.on_step(progress):
                 break
         with torch.no_grad():
             losses, best = look()[1].sort(stable=True)
@@ -268,19 +273,25 @@ class _Search:
         best = found.argsort(stable=True)[: self.candidates]
         return z[best], classes[best]
 
-    def _progress(self, step: int, images: Tensor, losses: Tensor) -> Progress:
+    def _progress(
+        self, step: int, images: Tensor, losses: Tensor, z: Tensor, y: Tensor, classes: Tensor
+    ) -> Progress:
         best = int(losses.argmin())
         image = to_uint8(images[best]).permute(1, 2, 0).cpu().numpy()
-        return Progress(step, self.steps, float(losses[best]), self._psnr(image), image)
+        [recipe] = self._recipes(z[[best]], y[[best]], classes[[best]])
+        return Progress(step, self.steps, float(losses[best]), self._psnr(image), image, recipe)
 
     def _result(self, z: Tensor, y: Tensor, classes: Tensor, losses: Tensor) -> Inversion:
         # By G itself and not by the copy, whose weights are the same but for rounding.
         images = self.G.render_embedded(z, y, [self.truncation] * len(z))
-        recipes = tuple(
+        recipes = self._recipes(z, y, classes)
+        return Inversion(images, recipes, tuple(losses.tolist()), tuple(map(self._psnr, images)))
+
+    def _recipes(self, z: Tensor, y: Tensor, classes: Tensor) -> tuple[Recipe, ...]:
+        return tuple(
             Recipe(classes={class_id: 1.0}, z=tuple(z), y=tuple(y), truncation=self.truncation)
             for z, y, class_id in zip(z.tolist(), y.tolist(), classes.tolist(), strict=True)
         )
-        return Inversion(images, recipes, tuple(losses.tolist()), tuple(map(self._psnr, images)))
 
     def _psnr(self, image: np.ndarray) -> float:
         return psnr(downsample(image, self.factor), self.pixels)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -130,3 +131,30 @@ def test_events_are_those_of_the_standard(endpoint, grey):
     assert events[-1][0] == "event: result"
     for _, data in events:
         json.loads(data.removeprefix("data: "))
+
+
+def source_type(file):
+    """What a PNG says of where it came from, to anybody's tools."""
+    xmp = ElementTree.fromstring(Image.open(io.BytesIO(file)).info["xmp"])
+    space = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
+    return next(xmp.iter(f"{space}DigitalSourceType")).text.rsplit("/")[-1]
+
+
+@pytest.mark.parametrize("path,factor", [("invert", 1), ("upscale", 2)])
+@pytest.mark.parametrize("model", ["grey", "colour"])
+def test_every_image_of_a_search_says_where_it_came_from(endpoint, request, path, factor, model):
+    small = downsample(request.getfixturevalue(model).sample(6, seed=2)[0], factor)
+    wanted = body(png(small), model=model, candidates=3, stream=True)
+    answer = requests.post(f"{endpoint}/v1/{path}", json=wanted, timeout=60)
+    *progress, last = [
+        json.loads(line.removeprefix("data: "))
+        for line in answer.text.splitlines()
+        if line.startswith("data: ")
+    ]
+    assert len(progress) >= 2
+    assert len(last["candidates"]) == 3
+    for told in [*progress, *last["candidates"]]:
+        file = base64.b64decode(told["image"])
+        assert source_type(file) == "trainedAlgorithmicMedia"
+        answer = requests.post(f"{endpoint}/v1/verify", json=body(file), timeout=60).json()
+        assert (answer["status"], answer["model"]) == ("verified", f"{model}@v1"), answer
