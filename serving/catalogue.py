@@ -4,6 +4,9 @@ A request names NAME, NAME@ALIAS or NAME@VERSION. Aliases are followed as they m
 new version is loaded before it takes over, so that nobody waits for it. Of a NAME alone, a canary
 may send a share of the requests to another alias; which, the request's seed decides, so that a
 repeated request goes the same way.
+
+A version's weights never change, but its card does (FID, licence), and so do the names of its
+directions: these are read again as often as aliases are followed.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from biggan.directions import read_names
+from biggan.errors import UserError
 from biggan.latents import Stream, rng
 from biggan.models import (
     GeneratorConfig,
@@ -34,7 +38,7 @@ from serving.schemas import FieldProblem
 logger = logging.getLogger("ray.serve")
 
 FRESH_SECONDS = 1.0
-"""So long an alias is taken to point where it did."""
+"""So long an alias is taken to point where it did, and a card to say what it said."""
 STALE_SECONDS = 5.0
 """So long it is still followed while it is looked up anew; after that a request waits for that."""
 
@@ -61,6 +65,10 @@ class Model:
             read_names(folder),
         )
 
+    def read_again(self, folder: Folder) -> Model:
+        """The same with what may have changed since; raises `StorageError` if that is damaged."""
+        return replace(self, card=load_card(folder), direction_names=read_names(folder))
+
     @property
     def reference(self) -> str:
         """NAME@VERSION."""
@@ -72,6 +80,12 @@ class _Followed:
     model: Model
     looked: float
     refresh: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True)
+class _Known:
+    model: Model
+    looked: float
 
 
 class Catalogue:
@@ -100,7 +114,7 @@ class Catalogue:
             drawn.setdefault(name, {})[alias] = weight
         self.shares.update(drawn)
         self._followed: dict[str, _Followed] = {}
-        self._versions: dict[str, Model] = {}
+        self._versions: dict[str, _Known] = {}
 
     @property
     def names(self) -> list[str]:
@@ -157,10 +171,22 @@ class Catalogue:
     def _read(self, chosen: str) -> Model:
         name, version = split_reference(chosen)
         store = ModelStore(name, self.root)
-        found = store.resolve(version)
-        if f"{name}@{found}" not in self._versions:
-            self._versions[f"{name}@{found}"] = Model.read(store.folder / found)
-        return self._versions[f"{name}@{found}"]
+        return self._version(store.folder / store.resolve(version))
+
+    def _version(self, folder: Folder) -> Model:
+        """The model version of a folder, its card as of `FRESH_SECONDS` ago at the earliest."""
+        known, now = self._versions.get(folder.uri), time.monotonic()
+        if known and now - known.looked < FRESH_SECONDS:
+            return known.model
+        try:
+            model = known.model.read_again(folder) if known else Model.read(folder)
+        except (UserError, OSError):
+            if not known:
+                raise
+            logger.exception("cannot read %s again; it stays as it was", known.model.reference)
+            model = known.model
+        self._versions[folder.uri] = _Known(model, now)
+        return model
 
     async def all(self) -> list[tuple[Model, list[str], float]]:
         """Every version of the served names, its aliases, and its share of requests for NAME."""
@@ -176,7 +202,7 @@ class Catalogue:
                 share = sum(
                     w for alias, w in shares.items() if aliases.get(alias, alias) == version
                 )
-                model = self._read(f"{name}@{version}")
+                model = self._version(store.folder / version)
                 found.append((model, pointing, share / sum(shares.values())))
         return found
 

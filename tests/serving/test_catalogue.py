@@ -1,0 +1,112 @@
+"""What an endpoint knows of its models, while the store changes."""
+
+import asyncio
+import itertools
+import time
+
+import pytest
+from conftest import add_imported
+from local_endpoint import random_generator
+
+from biggan.directions import NAMES, write_names
+from biggan.models import CARD, WEIGHTS, WEIGHTS_SHA256, ModelStore, load_card
+from serving import catalogue as catalogue_module
+from serving.catalogue import Catalogue
+
+NAMES_OF_MODELS = (f"changing{i}" for i in itertools.count())
+
+
+@pytest.fixture
+def folder(storage):
+    """The only version of a new model."""
+    return add_imported(next(NAMES_OF_MODELS), random_generator(2))
+
+
+@pytest.fixture
+def catalogue(folder, monkeypatch):
+    """It looks ten times a second."""
+    monkeypatch.setattr(catalogue_module, "FRESH_SECONDS", 0.1)
+
+    async def warm(reference):
+        """Nothing has to be loaded."""
+
+    return Catalogue([folder.parent.name], {}, None, warm)
+
+
+async def ask_until(ask, wanted):
+    """What `ask` gives once it is `wanted` of it, within seconds."""
+    began = time.monotonic()
+    while not wanted(found := await ask()):
+        assert time.monotonic() - began < 10, found
+        await asyncio.sleep(0.02)
+    return found
+
+
+async def of_all(catalogue):
+    [(model, _, _)] = await catalogue.all()
+    return model
+
+
+@pytest.mark.parametrize("reference", [None, "{}", "{}@best", "{}@v1", "all"])
+def test_a_changed_card_and_new_names_are_noticed_without_the_weights(folder, catalogue, reference):
+    chosen = reference and reference.format(folder.parent.name)
+
+    def ask():
+        return of_all(catalogue) if reference == "all" else catalogue.find(chosen)
+
+    async def change():
+        before = await ask()
+        assert (before.card.licence, before.direction_names[0]) == ("", "0")
+        folder.delete_file(WEIGHTS)
+        folder.delete_file(WEIGHTS_SHA256)
+        ModelStore(folder.parent.name).relicense(load_card(folder), "CC0-1.0")
+        relicensed = await ask_until(ask, lambda model: model.card.licence == "CC0-1.0")
+        write_names(folder, {0: "thickness"})
+        named = await ask_until(ask, lambda model: model.direction_names[0] == "thickness")
+        assert named.weights == relicensed.weights == before.weights
+        assert named.config == before.config
+        write_names(folder, {0: ""})
+        assert await ask_until(ask, lambda model: model.direction_names == before.direction_names)
+
+    asyncio.run(change())
+
+
+def test_requests_do_not_wait_for_what_is_read_again(catalogue, monkeypatch):
+    async def ask():
+        before = await catalogue.find(None)
+        monkeypatch.setattr(catalogue, "_read", lambda chosen: time.sleep(1) or before)
+        for _ in range(
+            3
+        ):  # The first finds that it is time to look, the others that it is being done.
+            await asyncio.sleep(0.15)
+            began = time.monotonic()
+            assert await catalogue.find(None) is before
+            assert time.monotonic() - began < 0.5
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("file", [CARD, NAMES])
+def test_a_version_whose_card_is_damaged_meanwhile_is_served_as_it_was(folder, catalogue, file):
+    async def damage():
+        before = await catalogue.find(None)
+        good = folder.read_bytes(file) if folder.exists(file) else b"{}"
+        folder.write_bytes(file, b"{")
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            assert await catalogue.find(None) == before
+            assert await of_all(catalogue) == before
+        folder.write_bytes(file, good)
+        ModelStore(folder.parent.name).relicense(load_card(folder), "CC0-1.0")
+        await ask_until(lambda: catalogue.find(None), lambda model: model.card.licence)
+
+    asyncio.run(damage())
+
+
+def test_an_alias_is_followed_as_it_moves(folder, catalogue):
+    async def move():
+        assert (await catalogue.find(None)).card.version == folder.name
+        newer = add_imported(folder.parent.name, random_generator(3)).name
+        await ask_until(lambda: catalogue.find(None), lambda model: model.card.version == newer)
+
+    asyncio.run(move())
