@@ -30,6 +30,7 @@ from serving.catalogue import Catalogue
 from serving.keys import Key, Keys
 from serving.ledger import Batch, Ledger, Reporter, Served
 from serving.limits import Admission, Refusal
+from serving.rendering import Precision, Rendering
 from serving.sampler import MAX_BATCH_IMAGES
 from serving.sampler import deployed as samplers
 from serving.scaling import by_work
@@ -64,6 +65,13 @@ class EndpointConfig(BaseModel):
     """CPU cores that a sampler computes with."""
     gpus_per_replica: float = Field(0.0, ge=0)
     """GPUs, or the part of one, that a sampler takes."""
+    precision: Precision = "float32"
+    """What samplers compute in. float32 makes every image again to within one grey level, as
+    /v1/verify and `jobs/generate.py --reproduce` expect; bf16 is off by more here and there, so
+    that they may call its images altered."""
+    compiled: bool | None = None
+    """Whether samplers compile models before they serve them; None: on a GPU. On a CPU it takes
+    minutes and costs more than it gives."""
     min_searchers: int = Field(0, ge=0)
     """Searchers at rest, for inversion and super-resolution; with 0 the first search waits."""
     max_searchers: int = Field(2, ge=1)
@@ -261,7 +269,9 @@ def build(config: EndpointConfig) -> serve.Application:
             "num_cpus": config.cpus_per_replica,
             "num_gpus": config.gpus_per_replica,
         },
-    )(samplers(config.max_models)).bind(config.storage, ledger)
+    )(samplers(config.max_models)).bind(
+        config.storage, ledger, Rendering(config.precision, config.compiled)
+    )
     searcher = serve.deployment(
         name="Searcher",
         logging_config=QUIET,

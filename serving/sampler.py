@@ -24,6 +24,7 @@ from biggan.recipe import Recipe
 from biggan.synthesis import embeddings, synthesize
 from serving.batching import Batcher, Busy
 from serving.ledger import Batch, Reporter
+from serving.rendering import DEFAULT, Renderer, Rendering
 from serving.schemas import MAX_IMAGES
 
 BATCH_SECONDS = 0.1
@@ -53,18 +54,29 @@ class Loaded:
     G: Generator
     directions: Directions
     pace: Pace
+    renderer: Renderer
+
+    @property
+    def limit(self) -> int:
+        """Images of the largest batch that the pace allows, padding included."""
+        return self.renderer.fits(self.pace.limit)
 
 
 class Sampler:
     """Makes images with the models of a store. Needs no Ray: `deployed` is what Serve runs."""
 
-    def __init__(self, storage: str | None, reporter: Reporter | None = None) -> None:
+    def __init__(
+        self,
+        storage: str | None,
+        reporter: Reporter | None = None,
+        rendering: Rendering = DEFAULT,
+    ) -> None:
         """`storage` is the root of the store; `reporter` is told of every batch."""
-        self.storage, self.reporter = storage, reporter
+        self.storage, self.reporter, self.rendering = storage, reporter, rendering
         self.name = uuid.uuid4().hex[:8]
         self._models: dict[str, Loaded] = {}
         self._batcher: Batcher[tuple[str, Loaded], Recipe] = Batcher(
-            self._make, lambda model: model[1].pace.limit, self._note
+            self._make, lambda model: model[1].limit, self._note
         )
         self._work, self._since = 0.0, time.monotonic()
 
@@ -75,8 +87,11 @@ class Sampler:
     async def model(self, version: str) -> Loaded:
         """A model NAME@VERSION, loaded when first asked for."""
         if version not in self._models:
-            self._models[version] = await asyncio.to_thread(load_model, version, self.storage, CPU)
+            self._models[version] = await self._load(version, CPU)
         return self._models[version]
+
+    async def _load(self, version: str, device: torch.device) -> Loaded:
+        return await asyncio.to_thread(load_model, version, self.storage, device, self.rendering)
 
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """The images of recipes, by model NAME@VERSION: uint8 `[N, H, W, C]`; or `Busy`.
@@ -86,12 +101,12 @@ class Sampler:
         model = await self.model(version)
         images = await self._batcher.submit((version, model), recipes)
         if isinstance(images, Busy):
-            self._work += images.seconds * len(recipes) / model.pace.limit
+            self._work += images.seconds * len(recipes) / model.limit
         return images
 
     def _make(self, model: tuple[str, Loaded], recipes: list[Recipe]) -> np.ndarray:
         # A batch that is half full is half the work: as many again would take little longer.
-        full = min(1.0, len(recipes) / model[1].pace.limit)
+        full = min(1.0, len(recipes) / model[1].limit)
         began = time.monotonic()
         images = _make(model, recipes)
         self._work += full * (time.monotonic() - began)
@@ -122,18 +137,24 @@ class Sampler:
         return y
 
 
-def load_model(version: str, storage: str | None, device: torch.device) -> Loaded:
+def load_model(
+    version: str, storage: str | None, device: torch.device, rendering: Rendering
+) -> Loaded:
     """Load a model NAME@VERSION, and find out how many images it makes in `BATCH_SECONDS`.
 
-    That also warms it up: the first batch of a size is slow.
+    That also warms it up, and compiles it if `rendering` has it so: the first batch of a size is
+    slow. Of later batches none is of a size that was not compiled here.
     """
     G = load_generator(version, root=storage, device=device)
     directions = find_directions(G)
     G.fold_spectral_norms()  # Nothing is left to be estimated in a forward.
     if G.device.type == "cuda":
         G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loaded, recipes = Loaded(G, directions, Pace()), [Recipe(classes={0: 1.0}, seed=0)]
+        torch.backends.cudnn.allow_tf32 = False  # Its 10 bits would be told from float32.
+    loaded = Loaded(G, directions, Pace(), Renderer(G, rendering))
+    recipes = [Recipe(classes={0: 1.0}, seed=0)]
     while len(recipes) <= MAX_BATCH_IMAGES:
+        loaded.renderer.prepare(len(recipes))
         _make((version, loaded), recipes)  # The first of a size is slow, and the second counts.
         loaded.pace.limit = len(recipes)
         began = time.perf_counter()
@@ -146,8 +167,9 @@ def load_model(version: str, storage: str | None, device: torch.device) -> Loade
 
 def _make(model: tuple[str, Loaded], recipes: list[Recipe]) -> np.ndarray:
     began = time.perf_counter()
-    images = synthesize(model[1].G, recipes, model[1].directions)
-    model[1].pace.note(len(recipes), time.perf_counter() - began)
+    loaded = model[1]
+    images = synthesize(loaded.G, recipes, loaded.directions, loaded.renderer)
+    loaded.pace.note(len(recipes), time.perf_counter() - began)
     return images
 
 
@@ -158,11 +180,13 @@ def deployed(max_models: int) -> type[Sampler]:
     """
 
     class DeployedSampler(Sampler):
-        def __init__(self, storage: str | None, ledger: DeploymentHandle[Any]) -> None:
-            super().__init__(storage, Reporter(ledger.record.remote))
+        def __init__(
+            self, storage: str | None, ledger: DeploymentHandle[Any], rendering: Rendering
+        ) -> None:
+            super().__init__(storage, Reporter(ledger.record.remote), rendering)
 
         @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
         async def model(self, version: str) -> Loaded:
-            return await asyncio.to_thread(load_model, version, self.storage, own_device())
+            return await self._load(version, own_device())
 
     return DeployedSampler

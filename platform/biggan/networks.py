@@ -282,10 +282,18 @@ class Generator(nn.Module):
         self, z: Tensor, y: Tensor, truncation: float | Sequence[float | None] | None = None
     ) -> Tensor:
         """Images from latents `[N, z_dim]` and class embeddings as `embed` gives them."""
-        mix = None
-        if self.tables and not self.training:
-            one = truncation is None or isinstance(truncation, int | float)
-            mix = self.tables.mix([truncation] * len(z) if one else truncation).to(z)  # type: ignore[list-item, arg-type]
+        one = truncation is None or isinstance(truncation, int | float)
+        mix = self.mix([truncation] * len(z) if one else truncation)  # type: ignore[list-item, arg-type]
+        return self.draw(z, y, None if mix is None else mix.to(z))
+
+    def mix(self, truncations: Sequence[float | None]) -> Tensor | None:
+        """How each image weighs the moments: `[N, tables + 1]`; None if it has no choice."""
+        if self.tables is None or self.training:
+            return None
+        return self.tables.mix(truncations).to(self.device)
+
+    def draw(self, z: Tensor, y: Tensor, mix: Tensor | None) -> Tensor:
+        """`synthesize` with the weights of `mix`: tensors alone, for what compiles it."""
         first, *rest = z.chunk(self.chunks, dim=1)
         conditions = [torch.cat([y, part], 1) for part in rest] or [y] * len(self.blocks)
         if self.config.deep:

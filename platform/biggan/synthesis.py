@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from biggan.directions import Directions
 from biggan.errors import UserError
 from biggan.networks import Generator
 from biggan.recipe import Recipe
+
+Render = Callable[[Tensor, Tensor, Sequence[float | None]], np.ndarray]
+"""From latents, class embeddings and truncations to images, as `Generator.render_embedded`."""
 
 
 def latents(G: Generator, recipes: Sequence[Recipe], directions: Directions) -> Tensor:
@@ -56,13 +59,16 @@ def embeddings(G: Generator, recipes: Sequence[Recipe]) -> Tensor:
 
 
 @torch.inference_mode()
-def synthesize(G: Generator, recipes: Sequence[Recipe], directions: Directions) -> np.ndarray:
+def synthesize(
+    G: Generator, recipes: Sequence[Recipe], directions: Directions, render: Render | None = None
+) -> np.ndarray:
     """The images of recipes: uint8 `[N, H, W, C]`; raises `UserError` as `latents` does.
 
     A recipe gives the same image, to within one grey level, whatever others it travels with.
+    `render` computes in the place of `G.render_embedded`.
     """
     z, y = latents(G, recipes, directions), embeddings(G, recipes)
-    return G.render_embedded(z, y, [recipe.truncation for recipe in recipes])
+    return (render or G.render_embedded)(z, y, [recipe.truncation for recipe in recipes])
 
 
 def _vector(name: str, values: Sequence[float], length: int) -> Tensor:
