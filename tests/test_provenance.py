@@ -21,6 +21,7 @@ from PIL import Image
 
 from biggan.config import ModelConfig
 from biggan.directions import find_directions
+from biggan.errors import UserError
 from biggan.generation import draw_sheet
 from biggan.interpolation import walk
 from biggan.models import ModelCard, ModelStore, load_generator, model_name, weights_sha256
@@ -34,6 +35,7 @@ from biggan.provenance import (
     packet,
     read_origin,
     save,
+    save_like,
 )
 from biggan.recipe import Origin, Recipe
 from biggan.reproduction import UnknownModelError, make, remake, verify
@@ -505,6 +507,14 @@ def test_sizes_are_compared_before_anything_is_laid_out(model, layout):
     assert verify(large).status == "altered"
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("layout", [{"scale": 10**6}, {"gap": 10**4000}, {"columns": 10**6}])
+def test_a_file_cannot_ask_for_a_huge_picture(model, layout):
+    origin = origin_by(model, [Recipe(classes={1: 1.0}, seed=5)], **layout)
+    data = save(Image.new("RGB", (16, 16)), "PNG", origin)
+    with pytest.raises(UserError, match="more than 20,000,000 pixels"):
+        save_like(data, origin, remake(origin), "PNG")
 
 
 def test_a_long_recipe_beside_a_small_picture_is_not_made(model):

@@ -272,16 +272,28 @@ def lay_out(images: np.ndarray, origin: Origin) -> Image.Image:
     return page.resize(origin.size, Image.Resampling.BICUBIC) if origin.size else page
 
 
+def _laid_out(origin: Origin, n: int, resolution: int) -> tuple[int, int]:
+    """Width and height of the sheet of n images, before it is resized."""
+    step, rows = resolution * origin.scale + origin.gap, -(-n // origin.columns)
+    return origin.columns * step + origin.gap, rows * step + origin.gap
+
+
 def save_like(data: bytes, origin: Origin, images: np.ndarray, image_format: str) -> bytes:
     """An origin's images as a file that carries it, animated if the file `data` is.
 
-    Raises `UserError` if that format cannot be.
+    Raises `UserError` if that format cannot be, or if it would be larger than `MAX_PIXELS`.
     """
     frames, timing = 1, {}
     # Of a file that is damaged, the origin may be whole.
     with suppress(UserError), _opened(data) as image:
         image.load()  # From WebP, its duration comes with a frame.
         frames, timing = _frames(image), {"duration": image.info.get("duration", 100), "loop": 0}
+    width, height = _laid_out(origin, len(images) if frames == 1 else 1, images.shape[1])
+    if width * height > MAX_PIXELS:  # Whoever wrote the file could write anything.
+        raise UserError(
+            f"by what the file says, the picture would have more than {MAX_PIXELS:,} pixels: no"
+            " larger ones are made"
+        )
     if frames == 1:
         return save(lay_out(images, origin), image_format, origin)
     if image_format not in ("PNG", "WEBP", "GIF"):
@@ -305,9 +317,7 @@ def compare_size(origin: Origin, data: bytes, resolution: int) -> Verdict | None
     if frames > 1:
         fits = size == (side, side) and frames <= n and n * side**2 <= MAX_PIXELS
     else:
-        step, rows = side + origin.gap, -(-n // origin.columns)
-        laid_out = (origin.columns * step + origin.gap, rows * step + origin.gap)
-        fits = size == (origin.size or laid_out)
+        fits = size == (origin.size or _laid_out(origin, n, resolution))
     return None if fits else altered(origin, "its size is another")
 
 
