@@ -6,12 +6,12 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-TARGETS := help install quickstart serve api-key token test test-api test-browser test-load test-faults \
-  test-cluster soak lint format clean
+TARGETS := help install quickstart serve api-key token test test-api test-benchmarks test-browser test-load \
+  test-faults test-cluster soak lint format clean
 .PHONY: $(TARGETS)
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## make .venv with the pinned set of packages
 
@@ -53,6 +53,9 @@ test: install lint  ## lint, format check, types, and all tests
 
 test-api: install  ## thousands of requests made up from the OpenAPI document
 	BIGGAN_API_EXAMPLES=460 $(BIN)/python -m pytest -n 0 tests/serving/test_schema.py
+
+test-benchmarks: install  ## the benchmarks, as they are run, on networks of seconds
+	$(BIN)/python -m pytest -n 0 tests/benchmarks
 
 test-browser: install  ## the endpoint's page in Chromium
 	$(BIN)/python -m pytest -n 0 tests/browser

@@ -10,7 +10,7 @@ import pytest
 
 from biggan.config import SpeedConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PEER = os.environ.get("BIGGAN_PYTORCH", "")
 TINY = "--resolution 32 --ch 1 --n-classes 3 --threads 1 --device cpu --rounds 1 --steps 1"
 
