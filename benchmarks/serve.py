@@ -4,12 +4,13 @@
     python benchmarks/serve.py --model 64px --images 4 --output docs/serving.png
 
 In one run, on the same cores, in turn: `ours` (`python -m serving`), `litserve` (LitServe with its
-batching; pip install litserve) and `fastapi` (a plain FastAPI application). All hold the same
+batching; pip install litserve pyzmq) and `fastapi` (a plain FastAPI application). All hold the same
 generator and encode with the same code. `bare` is the model without a server: the requests' images
 and files made one request after the other. A request is `--images` images of a class as one PNG.
 
 Latency is measured at the client, by `--connections` clients that each send a request as soon as
-they have the answer to the one before. Weights are random: they do not change the time.
+they have the answer to the one before; who is turned away waits as long as told. Weights are
+random: they do not change the time.
 """
 
 from __future__ import annotations
@@ -119,33 +120,6 @@ def serve_fastapi(root: str, port: int) -> None:
     uvicorn.run(app, port=port, log_level="error")
 
 
-def serve_litserve(root: str, port: int) -> None:
-    """LitServe, with its own batching."""
-    import litserve
-    from starlette.responses import Response
-
-    class Api(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:  # noqa: ARG002
-            self.bare = Bare(root)
-
-        def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-            return request
-
-        def predict(self, x: Any) -> Any:
-            return self.bare.files(x)
-
-        def unbatch(self, output: Any) -> Any:
-            return output
-
-        def encode_response(self, output: bytes) -> Response:
-            return Response(output, media_type="image/png")
-
-    api = Api(max_batch_size=64, batch_timeout=0.002, api_path="/v1/generate")
-    litserve.LitServer(api, accelerator="cpu").run(
-        port=port, log_level="error", generate_client_file=False
-    )
-
-
 @contextlib.contextmanager
 def server(peer: str, root: str, options: list[str]) -> Iterator[str]:
     """A server in processes of its own, once it answers; gives the URL of its route."""
@@ -154,6 +128,8 @@ def server(peer: str, root: str, options: list[str]) -> Iterator[str]:
         port = free.getsockname()[1]
     if peer == "ours":
         command = ["-m", "serving", "--models", "bench", "--no-auth", "--port", str(port), *options]
+    elif peer == "litserve":
+        command = [str(ROOT / "benchmarks/serve_litserve.py"), str(port)]
     else:
         command = [__file__, "--serve", peer, "--port", str(port)]
     environment = os.environ | {
@@ -189,7 +165,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 async def drive(url: str, connections: int, images: int, seconds: float) -> tuple[list[float], int]:
-    """Latencies in seconds of all requests that were answered well, and the number of others."""
+    """Latencies in seconds of all requests that were answered, and the number turned away."""
     latencies: list[float] = []
     failures = 0
     end = time.perf_counter() + seconds
@@ -202,12 +178,13 @@ async def drive(url: str, connections: int, images: int, seconds: float) -> tupl
             began = time.perf_counter()
             async with session.post(url, json=body) as response:
                 await response.read()
-                ok = response.status == 200
-            if ok:
-                latencies.append(time.perf_counter() - began)
-            else:
+                turned_away = response.headers.get("Retry-After")
+            if turned_away:
                 failures += 1
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(float(turned_away))
+            else:
+                response.raise_for_status()
+                latencies.append(time.perf_counter() - began)
             seed += images
 
     connector = aiohttp.TCPConnector(limit=0)
@@ -250,12 +227,11 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for our endpoint")
     parser.add_argument("--output", type=Path, help="a picture of throughput and latency")
-    parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=("fastapi",), help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        run = {"fastapi": serve_fastapi, "litserve": serve_litserve}[args.serve]
-        run(os.environ["BIGGAN_STORAGE"], args.port)
+        serve_fastapi(os.environ["BIGGAN_STORAGE"], args.port)
         return
     with tempfile.TemporaryDirectory() as root:
         make_model(args.model, root)
@@ -264,15 +240,14 @@ def main() -> None:
 
 
 def compare(root: str, args: argparse.Namespace) -> None:
-    """All servers up, the load on one at a time: in turn, at each number of connections."""
+    """Each server in turn, the only one that is up: at each number of connections, and again."""
     loads: list[Load] = []
     bare: list[tuple[float, float]] = []
-    with contextlib.ExitStack() as stack:
-        urls = {p: stack.enter_context(server(p, root, args.options)) for p in args.peers}
-        for _ in range(args.rounds):
-            bare.append(bare_rate(root, args.images, args.seconds))
-            for connections in args.connections:
-                for peer, url in urls.items():
+    for _ in range(args.rounds):
+        bare.append(bare_rate(root, args.images, args.seconds))
+        for peer in args.peers:
+            with server(peer, root, args.options) as url:
+                for connections in args.connections:
                     load = measure(peer, url, connections, args.images, args.seconds)
                     loads.append(load)
                     print(json.dumps(asdict(load)), flush=True)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import requests
 import tyro
-from ray import serve
 
 from biggan.cluster import connect
 from biggan.commands import parse, run_command
 from biggan.errors import UserError
 from biggan.models import find_model, model_name
 from biggan.storage import storage_root
-from serving.app import EndpointConfig, build
+from serving import ingress
+from serving.config import EndpointConfig
 from serving.keys import check_exposure
 
 NAME = "biggan"
@@ -52,6 +54,12 @@ def main() -> None:
     root = storage_root(command.endpoint.storage)
     check_exposure(command.host, command.endpoint.no_auth)
     versions = [find_model(reference, root) for reference in _named(command.endpoint)]
+    # Serve takes these in when it is imported, and Ray when it is started, if it is started here.
+    os.environ.update(ingress.environment(str(command.port)) | os.environ)
+    from ray import serve
+
+    from serving.app import build
+
     connect()
     url = f"http://{command.host}:{command.port}"
     if serve.status().proxies and not _listens(command.host, command.port):
@@ -75,7 +83,9 @@ def main() -> None:
         flush=True,
     )
     if not command.detach:
-        _until_interrupted()
+        _wait()
+        serve.delete(NAME)
+        print("stopped serving")
 
 
 def _named(endpoint: EndpointConfig) -> list[str]:
@@ -94,13 +104,11 @@ def _listens(host: str, port: int) -> bool:
             return False
 
 
-def _until_interrupted() -> None:
-    try:
+def _wait() -> None:
+    """Wait until interrupted."""
+    with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)
-    except KeyboardInterrupt:
-        serve.delete(NAME)
-        print("stopped serving")
 
 
 if __name__ == "__main__":

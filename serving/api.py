@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.encoding import MEDIA_TYPES, Answer, Made
-from serving.keys import Door, Keys, RequireKey
+from serving.keys import SECURITY, Door, Keys, RequireKey
 from serving.ledger import Reporter, Served
 from serving.problems import ProblemError, install
 from serving.schemas import (
@@ -158,6 +158,7 @@ SEARCHED: dict[int | str, dict[str, Any]] = {
 UPLOADING = ("/v1/invert", "/v1/upscale", "/v1/verify")
 MAKING = (400, 401, 403, 404, 413, 422, 429, 503)
 ASKING = (401, 403, 404, 422, 429, 503)
+SECURED: dict[str, Any] = {"security": [{name: []} for name in SECURITY]}
 ModelQuery = Annotated[ModelName | None, Query(description="As of a request.")]
 
 
@@ -185,7 +186,11 @@ class Api:
         self.open.add_api_route("/healthz", self.healthz, tags=["health"])
         self.open.add_api_route("/readyz", self.readyz, tags=["health"], responses=problems(503))
         self.closed.add_api_route(
-            "/metrics", self.metrics, tags=["health"], response_class=PlainTextResponse
+            "/metrics",
+            self.metrics,
+            tags=["health"],
+            response_class=PlainTextResponse,
+            openapi_extra=SECURED,
         )
         self.open.add_api_route("/", self.page, include_in_schema=False)
         self.open.add_api_route("/page/{file}", self.page, include_in_schema=False)
@@ -196,11 +201,19 @@ class Api:
         responses = problems(*MAKING, *((415,) if path in UPLOADING else ())) | (answers or {})
         kind: dict[str, Any] = {"response_model": None} if answers else {}
         self.closed.add_api_route(
-            path, route, methods=["POST"], responses=responses, tags=["images"], **kind
+            path,
+            route,
+            methods=["POST"],
+            responses=responses,
+            tags=["images"],
+            openapi_extra=SECURED,
+            **kind,
         )
 
     def _get(self, path: str, route: Callable[..., Any]) -> None:
-        self.closed.add_api_route(path, route, responses=problems(*ASKING), tags=["models"])
+        self.closed.add_api_route(
+            path, route, responses=problems(*ASKING), tags=["models"], openapi_extra=SECURED
+        )
 
     async def generate(
         self, http: Request, request: Annotated[GenerateRequest, Body()]
@@ -349,8 +362,8 @@ def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastA
     app = FastAPI(title="BigGAN endpoint", description=DESCRIPTION, version="1")
     guard = RequireKey(keys)
     api = Api(service, guard)
+    app.include_router(api.closed)  # First, as routes are tried in their order.
     app.include_router(api.open)
-    app.include_router(api.closed)
     install(app, dict.fromkeys(UPLOADING, MAX_UPLOAD_BODY_BYTES))
     app.add_middleware(Door, guard=guard)
     app.openapi = lambda: _with_problem(app)  # type: ignore[method-assign]
@@ -363,6 +376,7 @@ def _with_problem(app: FastAPI) -> dict[str, Any]:
     document = FastAPI.openapi(app)
     schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     document["components"]["schemas"] |= schema.pop("$defs") | {"Problem": schema}
+    document["components"]["securitySchemes"] = SECURITY
     return document
 
 

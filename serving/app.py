@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -22,85 +24,32 @@ from starlette.types import ASGIApp
 
 from biggan.directions import Directions
 from biggan.inversion import Progress
-from biggan.models import split_reference
 from biggan.recipe import Recipe
 from serving.api import create_api
 from serving.batching import Busy
 from serving.catalogue import Catalogue
-from serving.keys import Key, Keys
+from serving.coalescing import Coalescer
+from serving.config import EndpointConfig
+from serving.keys import Key, Keys, check_exposure
 from serving.ledger import Batch, Ledger, Reporter, Served
 from serving.limits import Admission, Refusal
-from serving.rendering import Precision, Rendering
-from serving.sampler import MAX_BATCH_IMAGES
+from serving.loading import MAX_BATCH_IMAGES
+from serving.rendering import Rendering
 from serving.sampler import deployed as samplers
 from serving.scaling import by_work
 from serving.schemas import Observed
 from serving.searcher import Result, Task
 from serving.searcher import deployed as searchers
 from serving.service import Service, too_busy
-
-
-class EndpointConfig(BaseModel):
-    """What an endpoint serves, and how far it scales."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    models: tuple[str, ...] = Field(("digits@best",), min_length=1)
-    """NAME or NAME@ALIAS in the model store, the first for requests that name none. Aliases are
-    followed when they move; every version of a NAME can be asked for."""
-    canary: dict[str, float] = {}
-    """Weights of NAME@ALIAS by which requests for NAME alone are shared: digits@best 95
-    digits@candidate 5."""
-    no_auth: bool = False
-    """Let everybody in who reaches the endpoint; only where it listens on this machine alone."""
-    storage: str | None = None
-    """Storage root; by default $BIGGAN_STORAGE, else ./storage."""
-    max_models: int = Field(3, ge=1)
-    """Models that a replica keeps in memory; those used least recently make room."""
-    min_replicas: int = Field(1, ge=0)
-    """Samplers at rest; with 0 the first request after a rest waits until one has started."""
-    max_replicas: int = Field(4, ge=1)
-    """Samplers under load."""
-    cpus_per_replica: float = Field(1.0, gt=0)
-    """CPU cores that a sampler computes with."""
-    gpus_per_replica: float = Field(0.0, ge=0)
-    """GPUs, or the part of one, that a sampler takes."""
-    precision: Precision = "float32"
-    """What samplers compute in. float32 makes every image again to within one grey level, as
-    /v1/verify and `jobs/generate.py --reproduce` expect; bf16 is off by more here and there, so
-    that they may call its images altered."""
-    compiled: bool | None = None
-    """Whether samplers compile models before they serve them; None: on a GPU. On a CPU it takes
-    minutes and costs more than it gives."""
-    min_searchers: int = Field(0, ge=0)
-    """Searchers at rest, for inversion and super-resolution; with 0 the first search waits."""
-    max_searchers: int = Field(2, ge=1)
-    """Searchers under load, which have half the cores of a sampler, and as much of a GPU."""
-    idle_seconds: float = Field(300.0, gt=0)
-    """After so long with less load, copies that are not needed leave."""
-    max_gateways: int = Field(4, ge=1)
-    """Gateways under load; there is always one."""
-
-    @model_validator(mode="after")
-    def _check(self) -> EndpointConfig:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas = {self.min_replicas}: must not exceed max_replicas ="
-                f" {self.max_replicas}"
-            )
-        served = {split_reference(reference)[0] for reference in self.models}
-        for reference, weight in self.canary.items():
-            if split_reference(reference)[0] not in served:
-                raise ValueError(f"canary {reference}: none of models is of that name")
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"canary {reference} = {weight}: must be above 0")
-        return self
-
+from serving.window import Window
 
 # `/metrics` counts requests; a line each would cost more time than many of them do.
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 GATEWAY_CPUS = 0.1
+SWITCH_SECONDS = 0.0005
+"""Python's threads take turns so often in a gateway. With its usual 5 ms every picture that is
+encoded waits for the event loop so long, twice."""
 BY_WORK = AutoscalingPolicy(policy_function=by_work)
 
 
@@ -109,35 +58,58 @@ class RemoteSampler:
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self.handle = handle
+        self._versions: dict[str, _Version] = {}
 
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """See `Sampler.synthesize`."""
-        images: np.ndarray | Busy = await self._ask("synthesize", version, recipes)
-        return images
+        calls = self._of(version)
+        return await calls.window.ask(len(recipes), lambda: calls.together.ask(recipes))
 
     async def walk(
         self, version: str, stops: Sequence[Recipe], frames: int, loop: bool
     ) -> list[Recipe]:
         """See `Sampler.walk`."""
-        recipes: list[Recipe] = await self._ask("walk", version, stops, frames, loop)
+        recipes: list[Recipe] = await self._of(version).ask("walk", stops, frames, loop)
         return recipes
 
     async def embedding(self, version: str, classes: Mapping[int, float]) -> list[float]:
         """See `Sampler.embedding`."""
-        y: list[float] = await self._ask("embedding", version, classes)
+        y: list[float] = await self._of(version).ask("embedding", classes)
         return y
 
     async def directions(self, version: str) -> Directions:
         """See `Sampler.directions`."""
-        directions: Directions = await self._ask("directions", version)
+        directions: Directions = await self._of(version).ask("directions")
         return directions
 
-    async def _ask(self, method: str, version: str, *arguments: Any) -> Any:
+    def _of(self, version: str) -> _Version:
+        if version not in self._versions:
+            self._versions[version] = _Version(version, self.handle)
+        return self._versions[version]
+
+
+class _Version:
+    """Calls to the samplers of one model version."""
+
+    def __init__(self, version: str, handle: DeploymentHandle[Any]) -> None:
         # The model's id lets Serve choose a replica that has the model in memory.
-        handle = self.handle.options(multiplexed_model_id=version)
+        self.version, self.handle = version, handle.options(multiplexed_model_id=version)
+        self.window = Window()
+        self.together: Coalescer[Sequence[Recipe], np.ndarray | Busy] = Coalescer(self._synthesize)
+
+    async def _synthesize(
+        self, wanted: list[Sequence[Recipe]]
+    ) -> list[np.ndarray | Busy | BaseException]:
+        turned_away, self.window.turned_away = self.window.turned_away, 0
+        answers: list[np.ndarray | Busy | BaseException]
+        answers = await self.ask("synthesize_all", wanted, turned_away)
+        return answers
+
+    async def ask(self, method: str, *arguments: Any) -> Any:
+        """What a sampler's method gives."""
         for _ in range(2):  # Recipes give the same images elsewhere, if a sampler dies of one.
             try:
-                return await getattr(handle, method).remote(version, *arguments)
+                return await getattr(self.handle, method).remote(self.version, *arguments)
             except BackPressureError:
                 break
             except RayActorError:
@@ -152,16 +124,21 @@ class RemoteSearcher:
         self.handle = handle
 
     async def search(self, task: Task) -> AsyncGenerator[Progress | Result, None]:
-        """See `Searcher.search`."""
+        """See `Searcher.search`. If the searcher dies, another begins anew, and finds the same."""
         handle = self.handle.options(multiplexed_model_id=task.version, stream=True)
-        news: Any = handle.search.remote(task)
-        try:
-            async for item in news:
-                yield item
-        except BackPressureError:
-            raise too_busy() from None
-        finally:
-            news.cancel()  # Nothing, if it has ended.
+        for _ in range(2):
+            news: Any = handle.search.remote(task)
+            try:
+                async for item in news:
+                    yield item
+                return
+            except BackPressureError:
+                break
+            except RayActorError:
+                continue
+            finally:
+                news.cancel()  # Nothing, if it has ended.
+        raise too_busy()
 
 
 class RemoteLedger:
@@ -169,6 +146,7 @@ class RemoteLedger:
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self.handle = handle
+        self._taking: Coalescer[tuple[Key, int], Admission | Refusal] = Coalescer(self._take)
 
     async def record(self, events: list[Served | Batch]) -> None:
         """See `Ledger.record`."""
@@ -181,8 +159,11 @@ class RemoteLedger:
 
     async def take(self, key: Key, images: int) -> Admission | Refusal:
         """See `Ledger.take`."""
-        answer: Admission | Refusal = await self.handle.take.remote(key, images)
-        return answer
+        return await self._taking.ask((key, images))
+
+    async def _take(self, wanted: list[tuple[Key, int]]) -> list[Admission | Refusal]:
+        answers: list[Admission | Refusal] = await self.handle.take_all.remote(wanted)
+        return answers
 
     async def give_back(self, key: Key, images: int) -> None:
         """See `Ledger.give_back`."""
@@ -207,6 +188,7 @@ class Gateway:
         ledger: DeploymentHandle[Any],
     ) -> None:
         """`sampler`, `searcher` and `ledger` are the handles of those deployments."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         painter, counts = RemoteSampler(sampler), RemoteLedger(ledger)
         catalogue = Catalogue(config.models, config.canary, config.storage, painter.directions)
         self.service = Service(catalogue, painter, RemoteSearcher(searcher), counts)
@@ -250,7 +232,14 @@ def _surge(config: EndpointConfig) -> int:
 
 
 def build(config: EndpointConfig) -> serve.Application:
-    """The application that serves `config.models`."""
+    """The application that serves `config.models`.
+
+    Raises `UserError` if everybody is let in and Serve listens where other machines reach it:
+    behind HAProxy a gateway sees the proxy's address, and not whose request it is.
+    """
+    controller = _get_global_client(raise_if_no_controller_running=False)
+    if config.no_auth and controller:
+        check_exposure(controller.http_config.host or "0.0.0.0", config.no_auth)
     surge = _surge(config)
     # Never two at once: quotas are counted in one place.
     ledger = serve.deployment(ray_actor_options={"num_cpus": 0}, logging_config=QUIET)(Ledger).bind(
@@ -270,7 +259,10 @@ def build(config: EndpointConfig) -> serve.Application:
             "num_gpus": config.gpus_per_replica,
         },
     )(samplers(config.max_models)).bind(
-        config.storage, ledger, Rendering(config.precision, config.compiled)
+        config.storage,
+        ledger,
+        Rendering(config.precision, config.compiled),
+        threads=max(1, math.floor(2 * config.cpus_per_replica)),
     )
     searcher = serve.deployment(
         name="Searcher",

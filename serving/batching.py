@@ -2,8 +2,8 @@
 
 A model takes little longer for several images than for one. So whatever has come in by the time
 that it is free goes into its next batch together: nothing waits for company while the model is
-idle, and under load batches are as full as they may be. Whoever would not fit into the next batch
-is turned away at once: a queue that only grows would serve everybody late.
+idle, and under load batches are as full as they may be. Whoever would not fit into the next one or
+two is turned away at once: a queue that only grows would serve everybody late.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Batcher(Generic[K, T]):
         self._waiting: deque[_Waiting[K, T]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "batches")
-        self._last_batch = 0.0
+        self._doing = 0
+        self.last_seconds = 0.0
+        """What the last batch took."""
 
     @property
     def backlog(self) -> int:
@@ -65,12 +67,13 @@ class Batcher(Generic[K, T]):
     async def submit(self, key: K, items: Sequence[T]) -> np.ndarray | Busy:
         """What `run` makes of the items, which may travel with those of others.
 
-        `Busy` if others wait already and the next batch has no room for these. A request that is
-        cancelled before its batch begins is not done. Raises what `run` raises for these items
-        alone.
+        `Busy` if others wait already and two batches have no room for all, the items that are being
+        done included: if these are few, those that wait may be more than fit into the next. A
+        request that is cancelled before its batch begins is not done. Raises what `run` raises for
+        these items alone.
         """
-        if self._waiting and self.backlog + len(items) > self.limit(key):
-            return Busy(self._last_batch)
+        if self._waiting and self._doing + self.backlog + len(items) > 2 * self.limit(key):
+            return Busy(self.last_seconds)
         waiting = _Waiting(key, items, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._worker is None or self._worker.done():
@@ -80,8 +83,10 @@ class Batcher(Generic[K, T]):
     async def _work(self) -> None:
         while batch := self._next():
             began = time.monotonic()
+            self._doing = sum(len(waiting.items) for waiting in batch)
             await self._do(batch)
-            self._last_batch = time.monotonic() - began
+            self._doing = 0
+            self.last_seconds = time.monotonic() - began
 
     def _next(self) -> list[_Waiting[K, T]]:
         """The first that waits, and as many others of its key, in their order, as fit."""

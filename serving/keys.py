@@ -23,8 +23,7 @@ from datetime import UTC, date, datetime
 from typing import Annotated, Any, TypedDict
 
 import tyro
-from fastapi import Request, Security
-from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi import Request
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.datastructures import Headers
@@ -299,6 +298,13 @@ def _secret(headers: Headers) -> str | None:
     return headers.get("X-API-Key")
 
 
+SECURITY = {
+    "HTTPBearer": {"type": "http", "scheme": "bearer"},
+    "APIKeyHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+"""How a request carries its key, as OpenAPI has it."""
+
+
 class RequireKey:
     """The dependency of routes that need a key, which they find in `request.state.key`.
 
@@ -308,17 +314,10 @@ class RequireKey:
     def __init__(self, keys: Keys | None) -> None:
         self.keys = keys
 
-    async def __call__(
-        self,
-        request: Request,
-        # These only tell OpenAPI what a request needs.
-        _bearer: Annotated[object, Security(HTTPBearer(auto_error=False))] = None,
-        _header: Annotated[
-            object, Security(APIKeyHeader(name="X-API-Key", auto_error=False))
-        ] = None,
-    ) -> Key | None:
+    async def __call__(self, request: Request) -> Key | None:
         """The key of a request."""
-        request.state.key = self.admit(request.headers)
+        if not hasattr(request.state, "key"):  # Behind no door.
+            request.state.key = self.admit(request.headers)
         found: Key | None = request.state.key
         return found
 
@@ -338,7 +337,7 @@ class Door:
         """Handle one request."""
         if scope["type"] == "http" and scope["path"].startswith(self.prefix):
             try:
-                self.guard.admit(Headers(scope=scope))
+                scope.setdefault("state", {})["key"] = self.guard.admit(Headers(scope=scope))
                 # Should it be made to listen elsewhere after all, as by a file for `serve deploy`.
                 if self.guard.keys is None and not _is_loopback(
                     (scope.get("client") or ("", 0))[0]

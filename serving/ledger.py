@@ -110,6 +110,10 @@ class Ledger:
         """Count images to be made with a key, or refuse them."""
         return self.meter.take(key, images)
 
+    async def take_all(self, wanted: Sequence[tuple[Key, int]]) -> list[Admission | Refusal]:
+        """The answers of `take` to several requests, in their order."""
+        return [self.meter.take(key, images) for key, images in wanted]
+
     async def give_back(self, key: Key, images: int) -> None:
         """Count no more what was taken for work that failed."""
         self.meter.give_back(key, images)

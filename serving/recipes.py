@@ -107,6 +107,8 @@ def mixture(field: str, wanted: ClassField, model: Model) -> dict[int, float]:
 
 def directions(field: str, edits: Mapping[str, float], model: Model) -> dict[int, float]:
     """Strengths by index of directions named by index or name; raises `ProblemError`."""
+    if not edits:
+        return {}
     by_name = {name: index for index, name in model.direction_names.items()}
     last = model.config.model.z_dim - 1
     found: dict[int, float] = {}
@@ -126,6 +128,8 @@ def directions(field: str, edits: Mapping[str, float], model: Model) -> dict[int
 
 def check_truncation(truncation: float | None, model: Model) -> None:
     """Raise `ProblemError` for a truncation that a model does not know."""
+    if truncation is None:
+        return
     try:
         (model.config.tables or TruncationTables(truncations=())).latents([], 1, truncation)
     except UserError as error:

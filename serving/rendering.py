@@ -7,6 +7,7 @@ graph, too: a single launch in the place of hundreds.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from torch import Tensor
 from biggan.networks import Generator
 from biggan.pixels import to_uint8
 
+logger = logging.getLogger("ray.serve")
+
 Precision = Literal["float32", "bf16"]
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`Generator.draw`: from latents, class embeddings and weights of the moments to [-1, 1]."""
@@ -28,7 +31,7 @@ COMPILES = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024}
 
 @dataclass(frozen=True)
 class Rendering:
-    """How images are computed. Fields are those of `serving.app.EndpointConfig`."""
+    """How images are computed. Fields are those of `serving.config.EndpointConfig`."""
 
     precision: Precision = "float32"
     compiled: bool | None = None
@@ -44,6 +47,7 @@ class Renderer:
     def __init__(self, G: Generator, rendering: Rendering) -> None:
         """`G` stays as it is from now on: what is compiled may have its weights' addresses."""
         self.G, self.half = G, rendering.precision == "bf16"
+        self.required = rendering.compiled
         on_gpu = G.device.type == "cuda"
         self.compiled = on_gpu if rendering.compiled is None else rendering.compiled
         self._sizes: dict[int, Forward] = {}
@@ -55,10 +59,21 @@ class Renderer:
     def prepare(self, size: int) -> None:
         """Compile the forward of `size` images, where forwards are compiled and as large as that.
 
-        Sizes in between are padded to the next that was prepared.
+        Sizes in between are padded to the next that was prepared. Where it cannot be done, as for
+        want of a compiler, nothing is compiled, unless it was asked for.
         """
         if not self.compiled or size > self.G.sample_batch:
             return
+        try:
+            self._prepare(size)
+        except Exception as error:  # Of the compiler's, the driver's, or the C compiler's.
+            if self.required:
+                raise
+            logger.warning("forwards are not compiled: %s", error)
+            self.compiled = False
+            self._sizes.clear()
+
+    def _prepare(self, size: int) -> None:
         y = self.G.embed(torch.zeros(1, self.G.n_classes, device=self.G.device))
         inputs = self._inputs(size, torch.zeros(1, self.G.z_dim), y, [None])
         with torch._dynamo.config.patch(COMPILES):

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,51 +15,15 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from biggan.cluster import own_device
-from biggan.directions import Directions, find_directions
+from biggan.directions import Directions
 from biggan.interpolation import walk
-from biggan.models import load_generator
-from biggan.networks import Generator
 from biggan.parallel import CPU
 from biggan.recipe import Recipe
-from biggan.synthesis import embeddings, synthesize
+from biggan.synthesis import embeddings
 from serving.batching import Batcher, Busy
 from serving.ledger import Batch, Reporter
-from serving.rendering import DEFAULT, Renderer, Rendering
-from serving.schemas import MAX_IMAGES
-
-BATCH_SECONDS = 0.1
-"""A batch is as large as the model makes in this time, for a request waits for up to two."""
-MAX_BATCH_IMAGES = 4 * MAX_IMAGES
-
-
-@dataclass
-class Pace:
-    """How many images a model makes in `BATCH_SECONDS`, as it turns out."""
-
-    limit: int = 1
-    """Images of the largest batch; a request of more is a batch of its own."""
-
-    def note(self, images: int, seconds: float) -> None:
-        """Learn from a batch: a tenth less after a slow one, more after one at least half full."""
-        if seconds > BATCH_SECONDS:
-            self.limit = max(1, min(self.limit, int(0.9 * self.limit)))
-        elif 2 * images >= self.limit:
-            self.limit = min(MAX_BATCH_IMAGES, max(self.limit + 1, int(1.1 * self.limit)))
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model version in memory."""
-
-    G: Generator
-    directions: Directions
-    pace: Pace
-    renderer: Renderer
-
-    @property
-    def limit(self) -> int:
-        """Images of the largest batch that the pace allows, padding included."""
-        return self.renderer.fits(self.pace.limit)
+from serving.loading import Loaded, load_model
+from serving.rendering import DEFAULT, Rendering
 
 
 class Sampler:
@@ -70,9 +34,14 @@ class Sampler:
         storage: str | None,
         reporter: Reporter | None = None,
         rendering: Rendering = DEFAULT,
+        threads: int = 1,
     ) -> None:
-        """`storage` is the root of the store; `reporter` is told of every batch."""
-        self.storage, self.reporter, self.rendering = storage, reporter, rendering
+        """`storage` is the root of the store; `reporter` is told of every batch.
+
+        On a CPU models compute with up to `threads` threads.
+        """
+        self.storage, self.reporter = storage, reporter
+        self.rendering, self.threads = rendering, threads
         self.name = uuid.uuid4().hex[:8]
         self._models: dict[str, Loaded] = {}
         self._batcher: Batcher[tuple[str, Loaded], Recipe] = Batcher(
@@ -91,7 +60,15 @@ class Sampler:
         return self._models[version]
 
     async def _load(self, version: str, device: torch.device) -> Loaded:
-        return await asyncio.to_thread(load_model, version, self.storage, device, self.rendering)
+        # In a thread that ends: as long as it lives OpenMP keeps workers for it, and lets those of
+        # all threads sleep at barriers, being more than cores: images then take twice as long.
+        thread = ThreadPoolExecutor(1, "load")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                thread, load_model, version, self.storage, device, self.rendering, self.threads
+            )
+        finally:
+            thread.shutdown(wait=False)
 
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """The images of recipes, by model NAME@VERSION: uint8 `[N, H, W, C]`; or `Busy`.
@@ -101,14 +78,26 @@ class Sampler:
         model = await self.model(version)
         images = await self._batcher.submit((version, model), recipes)
         if isinstance(images, Busy):
-            self._work += images.seconds * len(recipes) / model.limit
+            self._work += self._batcher.last_seconds * len(recipes) / model.limit
         return images
+
+    async def synthesize_all(
+        self, version: str, wanted: Sequence[Sequence[Recipe]], turned_away: int = 0
+    ) -> list[np.ndarray | Busy | BaseException]:
+        """The answers, or errors, of `synthesize` to several requests, in their order.
+
+        `turned_away` images were wanted too, but not asked for: they count as work.
+        """
+        model = await self.model(version)  # Once, for all; its error is that of all.
+        self._work += self._batcher.last_seconds * turned_away / model.limit
+        requests = (self.synthesize(version, recipes) for recipes in wanted)
+        return await asyncio.gather(*requests, return_exceptions=True)
 
     def _make(self, model: tuple[str, Loaded], recipes: list[Recipe]) -> np.ndarray:
         # A batch that is half full is half the work: as many again would take little longer.
         full = min(1.0, len(recipes) / model[1].limit)
         began = time.monotonic()
-        images = _make(model, recipes)
+        images, _ = model[1].make(recipes)
         self._work += full * (time.monotonic() - began)
         return images
 
@@ -137,42 +126,6 @@ class Sampler:
         return y
 
 
-def load_model(
-    version: str, storage: str | None, device: torch.device, rendering: Rendering
-) -> Loaded:
-    """Load a model NAME@VERSION, and find out how many images it makes in `BATCH_SECONDS`.
-
-    That also warms it up, and compiles it if `rendering` has it so: the first batch of a size is
-    slow. Of later batches none is of a size that was not compiled here.
-    """
-    G = load_generator(version, root=storage, device=device)
-    directions = find_directions(G)
-    G.fold_spectral_norms()  # Nothing is left to be estimated in a forward.
-    if G.device.type == "cuda":
-        G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        torch.backends.cudnn.allow_tf32 = False  # Its 10 bits would be told from float32.
-    loaded = Loaded(G, directions, Pace(), Renderer(G, rendering))
-    recipes = [Recipe(classes={0: 1.0}, seed=0)]
-    while len(recipes) <= MAX_BATCH_IMAGES:
-        loaded.renderer.prepare(len(recipes))
-        _make((version, loaded), recipes)  # The first of a size is slow, and the second counts.
-        loaded.pace.limit = len(recipes)
-        began = time.perf_counter()
-        _make((version, loaded), recipes)
-        if time.perf_counter() - began > BATCH_SECONDS:
-            break
-        recipes = 2 * recipes
-    return loaded
-
-
-def _make(model: tuple[str, Loaded], recipes: list[Recipe]) -> np.ndarray:
-    began = time.perf_counter()
-    loaded = model[1]
-    images = synthesize(loaded.G, recipes, loaded.directions, loaded.renderer)
-    loaded.pace.note(len(recipes), time.perf_counter() - began)
-    return images
-
-
 def deployed(max_models: int) -> type[Sampler]:
     """A `Sampler` for Ray Serve: models used least recently make room for others.
 
@@ -181,9 +134,13 @@ def deployed(max_models: int) -> type[Sampler]:
 
     class DeployedSampler(Sampler):
         def __init__(
-            self, storage: str | None, ledger: DeploymentHandle[Any], rendering: Rendering
+            self,
+            storage: str | None,
+            ledger: DeploymentHandle[Any],
+            rendering: Rendering,
+            threads: int,
         ) -> None:
-            super().__init__(storage, Reporter(ledger.record.remote), rendering)
+            super().__init__(storage, Reporter(ledger.record.remote), rendering, threads)
 
         @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
         async def model(self, version: str) -> Loaded:

@@ -105,6 +105,8 @@ def _start_cluster():
 
     Its logical CPUs let tests schedule more than the machine has cores.
     """
+    from serving import ingress  # Programs of tests have this file, but no serving.
+
     port, dashboard, agent, client = (free_port() for _ in range(4))
     options = f"""--head --block --num-cpus=4 --port={port} --node-ip-address=127.0.0.1
         --include-dashboard=true --dashboard-port={dashboard} --temp-dir={SESSIONS}
@@ -115,6 +117,7 @@ def _start_cluster():
             [Path(sys.executable).with_name("ray"), "start", *options.split()],
             stdout=log,
             stderr=log,
+            env=os.environ | ingress.environment(str(port)),
             start_new_session=True,
         )
     # Ends the cluster once the process that runs all tests is gone, however it went.

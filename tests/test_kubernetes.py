@@ -12,7 +12,9 @@ import yaml
 from conftest import ROOT
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import EndpointConfig, build
+from serving.app import build
+from serving.config import EndpointConfig
+from serving.ingress import CALLS
 
 FOLDER = ROOT / "clusters/kubernetes"
 spec = importlib.util.spec_from_file_location("schema", FOLDER / "schema.py")
@@ -140,6 +142,12 @@ def test_the_pinned_ray_is_the_image_s_and_the_manifests():
     pinned = (ROOT / "constraints.txt").read_text().split("\nray==")[1].split("\n")[0]
     assert f"FROM rayproject/ray:{pinned}-py" in (FOLDER / "Dockerfile").read_text()
     assert {cluster(kind)["rayVersion"] for kind in MANIFESTS} == {pinned}
+
+
+def test_deployments_call_each_other_as_elsewhere():
+    head = cluster("RayService")["headGroupSpec"]["template"]["spec"]["containers"][0]
+    environment = {variable["name"]: variable["value"] for variable in head["env"]}
+    assert environment | CALLS == environment
 
 
 def test_serve_reads_the_endpoint():

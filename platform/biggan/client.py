@@ -86,7 +86,7 @@ class Client:
         key: str | None = None,
         model: str | None = None,
         timeout: float = 60.0,
-        retries: int = 5,
+        retries: int = 8,
     ) -> None:
         """`key` is an API key, by default $BIGGAN_API_KEY; `model` is what requests are for.
 

@@ -7,16 +7,23 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
+import pytest
 import requests
 from conftest import ROOT, add_imported, tiny, train_here
 from PIL import Image
 
 import biggan
+from biggan.errors import UserError
 from biggan.models import ModelStore
 from biggan.storage import locate
 from biggan.truncation import TruncationTables
+from serving.app import build
+from serving.config import EndpointConfig
 
 
 def post(endpoint, body):
@@ -63,6 +70,26 @@ def test_a_seed_gives_the_same_image_whatever_it_is_batched_with(endpoint):
     with ThreadPoolExecutor(24) as pool:
         for image in pool.map(ask, range(24)):
             assert grey_levels(image, expected) <= 1
+
+
+def test_an_answer_of_many_bytes_goes_through(endpoint, wide):
+    stops = [{"class": 1, "seed": 0}, {"class": 2, "seed": 1}]
+    body = {"model": "wide", "stops": stops, "frames": 64, "format": "numpy"}
+    frames = arrays(requests.post(f"{endpoint}/v1/interpolate", json=body, timeout=120))
+    assert frames.nbytes == 128 * 128**2 * 3  # gRPC would take 4 MiB by itself.
+    assert grey_levels(frames[0], wide.sample(1, seed=0)[0]) <= 1
+    assert grey_levels(frames[64], wide.sample(2, seed=1)[0]) <= 1
+
+
+def test_haproxy_listens_where_the_endpoint_does_and_nowhere_else(endpoint, cluster):
+    place = "haproxy-" + cluster.address.rpartition(":")[2]
+    listening = set()
+    for process in psutil.process_iter():
+        if process.name() == "haproxy" and any(place in word for word in process.cmdline()):
+            connections = process.net_connections()
+            listening |= {c.laddr for c in connections if c.status == psutil.CONN_LISTEN}
+    url = urlsplit(endpoint)
+    assert listening == {(url.hostname, url.port)}
 
 
 def test_models_take_turns_in_a_sampler_that_holds_one(endpoint, pair):
@@ -170,3 +197,13 @@ def test_an_open_endpoint_listens_on_this_machine_alone(tiny_model):
     done = subprocess.run([*command, "--host", "0.0.0.0"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: --no-auth --host 0.0.0.0" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", None])
+def test_nor_does_one_that_is_deployed_by_a_file(cluster, monkeypatch, host):
+    serve = SimpleNamespace(http_config=SimpleNamespace(host=host))
+    monkeypatch.setattr("serving.app._get_global_client", lambda **_: serve)
+    with pytest.raises(UserError, match="could use the endpoint"):
+        build(EndpointConfig(no_auth=True))
+    serve.http_config.host = "127.0.0.1"
+    build(EndpointConfig(no_auth=True))

@@ -1,13 +1,15 @@
 """Clients that ask without pause, and hold every image against the generator's own."""
 
+import asyncio
 import io
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 
+import aiohttp
 import numpy as np
-import requests
 
 import biggan
 
@@ -90,32 +92,45 @@ class Answers:
         return len(self.accepted) / self.seconds
 
 
-def ask(url, reference, clients, seconds, every=0.0):
-    """Ask from `clients` connections for so long; each waits until `every` s from its last one."""
+def ask(url, reference, clients, seconds, rate=None):
+    """Ask from `clients` connections for so long: without pause, or at random, `rate` a second.
+
+    At random is as independent users do, now and then several at once (a Poisson process). A
+    connection that still waits for an answer when its next request is due asks it after that.
+    """
     answers, end = Answers([], [], [], seconds), time.monotonic() + seconds
 
-    def one(number):
-        session, seed = requests.Session(), number % SEEDS
-        time.sleep(every * number / clients)
-        while (began := time.monotonic()) < end:
+    async def request(session, seed):
+        body, began = {"class": CLASS, "seed": seed, "format": "numpy"}, time.monotonic()
+        async with session.post(f"{url}/v1/generate", json=body) as response:
+            content = await response.read()
+            took = time.monotonic() - began
+            if response.status in (429, 503) and "Retry-After" in response.headers:
+                answers.refused.append(took)
+                return
+            response.raise_for_status()
+        reference.check(np.load(io.BytesIO(content)), seed)
+        answers.accepted.append(took)
+
+    async def one(number, session):
+        seed, random, due = number % SEEDS, Random(number), time.monotonic()
+        while True:
+            if rate:
+                due += random.expovariate(rate / clients)
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+            if time.monotonic() > end:
+                return
             seed = (seed + 7) % SEEDS
-            body = {"class": CLASS, "seed": seed, "format": "numpy"}
             try:
-                response = session.post(f"{url}/v1/generate", json=body, timeout=60)
-                took = time.monotonic() - began
-                if response.status_code in (429, 503) and "Retry-After" in response.headers:
-                    answers.refused.append(took)
-                else:
-                    response.raise_for_status()
-                    reference.check(np.load(io.BytesIO(response.content)), seed)
-                    answers.accepted.append(took)
+                await request(session, seed)
             except Exception as error:
                 answers.others.append(repr(error))
-            time.sleep(max(0.0, began + every - time.monotonic()))
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    async def all_clients():
+        timeout = aiohttp.ClientTimeout(total=60)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            await asyncio.gather(*(one(number, session) for number in range(clients)))
+
+    asyncio.run(all_clients())
     return answers

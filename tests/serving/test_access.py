@@ -41,7 +41,14 @@ def closed(grey, colour, secrets):
 
 def test_without_a_key_there_is_nothing_but_the_page_and_health(closed):
     document = requests.get(f"{closed}/openapi.json", timeout=60).json()
-    assert set(document["components"]["securitySchemes"]) == {"HTTPBearer", "APIKeyHeader"}
+    assert document["components"]["securitySchemes"] == {
+        "HTTPBearer": {"type": "http", "scheme": "bearer"},
+        "APIKeyHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    assert document["paths"]["/v1/generate"]["post"]["security"] == [
+        {"HTTPBearer": []},
+        {"APIKeyHeader": []},
+    ]
     for path, operations in document["paths"].items():
         for method in operations:
             answer = requests.request(method, closed + path, timeout=60)

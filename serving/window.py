@@ -1,0 +1,49 @@
+"""How much a gateway may ask of samplers at once, learned from what they turn away.
+
+To be turned away by a sampler takes a call to it, which waits behind the work that it is about, and
+costs time that this work needs. So a gateway remembers how much they took, and turns away the rest
+by itself; it asks for a little more as time goes on, as TCP does for its window (Jacobson 1988).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+
+from serving.batching import Busy
+
+Answer = np.ndarray | Busy
+
+
+class Window:
+    """The images that may be asked for at once: more as images come, fewer when it was too many."""
+
+    def __init__(self) -> None:
+        self.limit = math.inf
+        self.asked = 0
+        self.turned_away = 0
+        """Images that were not asked for, for samplers to be told, of which more may be needed."""
+        self._busy = Busy(0.0)
+
+    async def ask(self, images: int, call: Callable[[], Awaitable[Answer]]) -> Answer:
+        """What `call` gives for so many images, or that there is no room for them.
+
+        A single request is let through whatever its size.
+        """
+        before = self.asked
+        if before and before + images > self.limit:
+            self.turned_away += images
+            return self._busy
+        self.asked += images
+        try:
+            answer = await call()
+        finally:
+            self.asked -= images
+        if isinstance(answer, Busy):
+            # Not of what is asked now: the answer comes together with images of the same call.
+            self.limit, self._busy = max(1, min(self.limit, before)), answer
+        elif 2 * (self.asked + images) > self.limit:  # Of use, at least in half.
+            self.limit += images / self.limit  # By one in the time that takes to make them all.
+        return answer
