@@ -14,8 +14,8 @@ HAPROXY = Path(__file__).with_name("haproxy")
 
 
 CALLS = {
-    # A call from deployment to deployment takes half the time by gRPC, and without threads of
-    # Serve's own, which would wait for each other at Python's lock.
+    # By gRPC, and without threads of Serve's own, which would wait for each other at Python's lock,
+    # twice the requests of a small model went through (`benchmarks/README.md`).
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

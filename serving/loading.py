@@ -25,8 +25,8 @@ On a CPU it is the time of the core. Where others take it too, smaller batches w
 images dearer, and have more requests turned away, which takes of the core as well."""
 MAX_BATCH_IMAGES = 4 * MAX_IMAGES
 LARGE_SECONDS = 0.005
-"""A model that takes longer for an image computes with several threads. Two make one of 20 ms in
-12, and one of 1.2 ms in 1.6: they wait for each other at every layer (`benchmarks/README.md`)."""
+"""A model that takes longer for an image computes with several threads. Two save a part of 17 ms,
+and nothing of 1.2: they wait for each other at every layer (`benchmarks/README.md`)."""
 
 
 @dataclass
