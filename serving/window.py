@@ -30,10 +30,11 @@ class Window:
     async def ask(self, images: int, call: Callable[[], Awaitable[Answer]]) -> Answer:
         """What `call` gives for so many images, or that there is no room for them.
 
-        A single request is let through whatever its size.
+        A request is turned away for what is asked already, whatever its own size: if samplers have
+        no room for as many, they say so themselves.
         """
         before = self.asked
-        if before and before + images > self.limit:
+        if before + 1 > self.limit:
             self.turned_away += images
             return self._busy
         self.asked += images
@@ -43,7 +44,8 @@ class Window:
             self.asked -= images
         if isinstance(answer, Busy):
             # Not of what is asked now: the answer comes together with images of the same call.
-            self.limit, self._busy = max(1, min(self.limit, before)), answer
+            # Nor is it known how many fewer images of a large request there would be room for.
+            self.limit, self._busy = min(self.limit, max(before, images)), answer
         elif 2 * (self.asked + images) > self.limit:  # Of use, at least in half.
             self.limit += images / self.limit  # By one in the time that takes to make them all.
         return answer

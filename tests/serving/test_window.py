@@ -49,8 +49,8 @@ def test_what_was_too_much_is_not_asked_again():
         window, samplers = Window(), Samplers(room=10)
         assert await ask_at_once(window, samplers, [4, 4, 4]) == [4, 4, 0.5]
         assert samplers.asked == 12
+        assert 8 <= window.limit < 9  # What was asked when it was too much, and a little.
         limit = math.floor(window.limit)
-        assert limit == 8  # What was asked when it was too much; one more has been of use since.
         answers = await ask_at_once(window, samplers, 20 * [1])
         assert answers == limit * [1] + (20 - limit) * [0.5]
         assert samplers.asked == 12 + limit
@@ -74,13 +74,24 @@ def test_it_grows_to_what_there_is_room_for():
         assert samplers.asked < 1.03 * sum(made)  # Now and then one more than there is room for.
 
 
-def test_a_request_of_any_size_is_let_through_alone():
+def test_a_large_request_is_the_samplers_to_turn_away():
     @run
     async def _test():
-        window, samplers = Window(), Samplers(room=64)
-        await ask_at_once(window, samplers, [1, 64])
-        assert window.limit < 64
-        assert await ask_at_once(window, samplers, [64]) == [64]
+        window, samplers = Window(), Samplers(room=10)
+        await ask_at_once(window, samplers, 11 * [1])
+        assert window.limit < 12
+        samplers.room = 66
+        assert await ask_at_once(window, samplers, [1, 64]) == [1, 64]
+        assert await ask_at_once(window, samplers, [1, 1, 65]) == [1, 1, 0.5]
+        assert window.limit > 10  # Those that are small are let through as before.
+
+
+def test_one_that_was_too_large_leaves_room_for_small_ones():
+    @run
+    async def _test():
+        window, samplers = Window(), Samplers(room=10)
+        assert await ask_at_once(window, samplers, [2, 64]) == [2, 0.5]
+        assert await ask_at_once(window, samplers, 10 * [1]) == 10 * [1]
 
 
 def test_little_use_does_not_widen_it():
