@@ -86,7 +86,7 @@ class Bare:
 
     def __init__(self, root: str) -> None:
         G = load_generator("bench", root=root)
-        G.fold_spectral_norms()
+        G.freeze()
         self.G = G
         store = ModelStore("bench", root)
         self.model = Model.read(store.folder / "v1")

@@ -18,7 +18,7 @@ from biggan.models import find_model, model_name
 from biggan.storage import storage_root
 from serving import ingress
 from serving.config import EndpointConfig
-from serving.keys import check_exposure
+from serving.door import check_exposure
 
 NAME = "biggan"
 

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.door import SECURITY, Door, RequireKey
 from serving.encoding import MEDIA_TYPES, Answer, Made
-from serving.keys import SECURITY, Door, Keys, RequireKey
+from serving.keys import Keys
 from serving.ledger import Reporter, Served
 from serving.problems import ProblemError, install
 from serving.schemas import (

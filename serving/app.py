@@ -30,7 +30,8 @@ from serving.batching import Busy
 from serving.catalogue import Catalogue
 from serving.coalescing import Coalescer
 from serving.config import EndpointConfig
-from serving.keys import Key, Keys, check_exposure
+from serving.door import check_exposure
+from serving.keys import Key, Keys
 from serving.ledger import Batch, Ledger, Reporter, Served
 from serving.limits import Admission, Refusal
 from serving.loading import MAX_BATCH_IMAGES
@@ -59,6 +60,10 @@ class RemoteSampler:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self.handle = handle
         self._versions: dict[str, _Version] = {}
+
+    def full(self, version: str, images: int) -> Busy | None:
+        """That samplers have no room for so many images, as a call to them would only repeat."""
+        return self._of(version).window.full(images)
 
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """See `Sampler.synthesize`."""
@@ -147,6 +152,7 @@ class RemoteLedger:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self.handle = handle
         self._taking: Coalescer[tuple[Key, int], Admission | Refusal] = Coalescer(self._take)
+        self._giving: Coalescer[tuple[Key, int], None] = Coalescer(self._give)
 
     async def record(self, events: list[Served | Batch]) -> None:
         """See `Ledger.record`."""
@@ -167,7 +173,11 @@ class RemoteLedger:
 
     async def give_back(self, key: Key, images: int) -> None:
         """See `Ledger.give_back`."""
-        await self.handle.give_back.remote(key, images)
+        await self._giving.ask((key, images))
+
+    async def _give(self, taken: list[tuple[Key, int]]) -> list[None]:
+        await self.handle.give_back_all.remote(taken)
+        return [None] * len(taken)
 
     async def metrics(self) -> bytes:
         """See `Ledger.metrics`."""
@@ -210,6 +220,9 @@ def _scaling(
         min_replicas=least,
         max_replicas=most,
         target_ongoing_requests=ongoing,
+        # Serve's 10 and 30 s would let 46 s pass until a second sampler begins to load.
+        metrics_interval_s=2,
+        look_back_period_s=10,
         upscale_delay_s=5,
         downscale_delay_s=config.idle_seconds,
         **policy,

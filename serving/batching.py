@@ -1,25 +1,38 @@
 """Batches that fill while the model works, and no more of them than clients would wait for.
 
 A model takes little longer for several images than for one. So whatever has come in by the time
-that it is free goes into its next batch together: nothing waits for company while the model is
-idle, and under load batches are as full as they may be. Whoever would not fit into the next one or
-two is turned away at once: a queue that only grows would serve everybody late.
+that a thread is free goes into its next batch together: nothing waits for company while the model
+is idle, and under load batches are as full as they may be. Whoever would not fit into the next one
+or two of each thread is turned away at once: a queue that only grows would serve everybody late.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-K = TypeVar("K")
+K = TypeVar("K", bound="Maker")
 T = TypeVar("T")
+
+
+class Maker(Protocol):
+    """Makes images, in batches of its own."""
+
+    @property
+    def limit(self) -> int:
+        """The most items of a batch."""
+
+    @property
+    def threads(self) -> int:
+        """How many batches may be done at once, each in a thread of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,99 +43,146 @@ class Busy:
     """After which there should be room."""
 
 
-@dataclass(frozen=True)
-class _Waiting(Generic[K, T]):
-    key: K
+@dataclass(eq=False)
+class _Request(Generic[K, T]):
+    maker: K
     items: Sequence[T]
     images: asyncio.Future[np.ndarray]
+    begun: int = 0
+    """Items that are in batches, from the first."""
+    made: dict[int, np.ndarray] = field(default_factory=dict)
+    """Images of batches, by the first of their items."""
+
+    @property
+    def left(self) -> int:
+        """Items that wait for a batch; none of a request that failed or was cancelled."""
+        return 0 if self.images.done() else len(self.items) - self.begun
+
+    def take(self, most: int) -> _Part[K, T]:
+        """The next items, for a batch."""
+        begin, self.begun = self.begun, min(len(self.items), self.begun + most)
+        return _Part(self, begin, self.items[begin : self.begun])
+
+    def keep(self, begin: int, images: np.ndarray) -> None:
+        """Put down images of a batch; with the last of them the request is answered."""
+        self.made[begin] = images
+        if not self.images.done() and sum(map(len, self.made.values())) == len(self.items):
+            self.images.set_result(np.concatenate([self.made[i] for i in sorted(self.made)]))
+
+
+@dataclass(frozen=True)
+class _Part(Generic[K, T]):
+    """Items of a request that are in one batch."""
+
+    request: _Request[K, T]
+    begin: int
+    items: Sequence[T]
 
 
 class Batcher(Generic[K, T]):
-    """Has items done in batches of one key, one batch at a time, in a thread of its own."""
+    """Has items done in batches, as many at a time as a maker has threads."""
 
     def __init__(
         self,
-        run: Callable[[K, list[T]], np.ndarray],
-        limit: Callable[[K], int],
-        note: Callable[[int, int], None] = lambda _items, _backlog: None,
+        run: Callable[[K, list[T], int], np.ndarray],
+        note: Callable[[K, int, int, float], None] = lambda *_told: None,
     ) -> None:
-        """`run` makes `[N, ...]` of a key and N items; `limit` is the most items of its batch.
+        """`run` makes `[N, ...]` of a maker and N items, computing with a number of threads.
 
-        A request of more items is a batch of its own. `note` is told of every batch: its items, and
-        how many are left waiting.
+        That is 1, or all of the maker's for few items of nobody else's. `note` is told of every
+        batch: maker, items, how many were left waiting, and the seconds that it took.
         """
-        self.run, self.limit, self.note = run, limit, note
-        self._waiting: deque[_Waiting[K, T]] = deque()
-        self._worker: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "batches")
+        self.run, self.note = run, note
+        self._waiting: deque[_Request[K, T]] = deque()
+        self._threads: list[ThreadPoolExecutor] = []
+        self._taken: set[int] = set()
         self._doing = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self.last_seconds = 0.0
         """What the last batch took."""
 
     @property
     def backlog(self) -> int:
         """Items that wait for their batch."""
-        return sum(len(waiting.items) for waiting in self._waiting)
+        return sum(request.left for request in self._waiting)
 
-    async def submit(self, key: K, items: Sequence[T]) -> np.ndarray | Busy:
-        """What `run` makes of the items, which may travel with those of others.
+    async def submit(self, maker: K, items: Sequence[T]) -> np.ndarray | Busy:
+        """What `run` makes of the items, which may travel with those of others, and apart.
 
-        `Busy` if others wait already and two batches have no room for all, the items that are being
-        done included: if these are few, those that wait may be more than fit into the next. A
-        request that is cancelled before its batch begins is not done. Raises what `run` raises for
-        these items alone.
+        `Busy` if others wait already and two batches of each thread have no room for all, the items
+        that are being done included: if these are few, those that wait may be more than fit into
+        the next. What a request that is cancelled has in no batch yet is not done. Raises what
+        `run` raises for these items alone.
         """
-        if self._waiting and self._doing + self.backlog + len(items) > 2 * self.limit(key):
+        room = 2 * maker.limit * maker.threads
+        if (backlog := self.backlog) and self._doing + backlog + len(items) > room:
             return Busy(self.last_seconds)
-        waiting = _Waiting(key, items, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
-        return await waiting.images
+        request = _Request(maker, items, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        self._begin()
+        return await request.images
 
-    async def _work(self) -> None:
-        while batch := self._next():
-            began = time.monotonic()
-            self._doing = sum(len(waiting.items) for waiting in batch)
-            await self._do(batch)
-            self._doing = 0
-            self.last_seconds = time.monotonic() - began
+    def _begin(self) -> None:
+        """Begin as many batches as there are threads for."""
+        while first := self._first():
+            maker = first.maker
+            free = [i for i in range(maker.threads) if i not in self._taken]
+            if not free:
+                return
+            same = [request for request in self._waiting if request.maker is maker]
+            items, threads = sum(request.left for request in same), free
+            if self._taken or items >= 2 * len(free):  # Too many to be done by all together.
+                items, threads = min(maker.limit, math.ceil(items / len(free))), free[:1]
+            self._taken.update(threads)
+            self._doing += items
+            task = asyncio.create_task(self._work(maker, _batch(same, items), threads))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    def _next(self) -> list[_Waiting[K, T]]:
-        """The first that waits, and as many others of its key, in their order, as fit."""
-        batch: list[_Waiting[K, T]] = []
-        kept: deque[_Waiting[K, T]] = deque()
-        room = 0
-        while self._waiting:
-            waiting = self._waiting.popleft()
-            if waiting.images.cancelled():
-                continue
-            if not batch:
-                room = self.limit(waiting.key)
-            if not batch or (waiting.key == batch[0].key and len(waiting.items) <= room):
-                batch.append(waiting)
-                room -= len(waiting.items)
-            else:
-                kept.append(waiting)
-        self._waiting = kept
-        return batch
+    def _first(self) -> _Request[K, T] | None:
+        while self._waiting and not self._waiting[0].left:
+            self._waiting.popleft()
+        return self._waiting[0] if self._waiting else None
 
-    async def _do(self, batch: list[_Waiting[K, T]]) -> None:
-        items = [item for waiting in batch for item in waiting.items]
-        self.note(len(items), self.backlog)
-        loop = asyncio.get_running_loop()
+    async def _work(self, maker: K, batch: list[_Part[K, T]], threads: list[int]) -> None:
+        items = sum(len(part.items) for part in batch)
+        began, backlog = time.monotonic(), self.backlog
+        await self._do(maker, batch, threads)
+        self._doing -= items
+        self._taken.difference_update(threads)
+        self.last_seconds = time.monotonic() - began
+        self.note(maker, items, backlog, self.last_seconds)
+        self._begin()
+
+    async def _do(self, maker: K, batch: list[_Part[K, T]], threads: list[int]) -> None:
+        items = [item for part in batch for item in part.items]
+        thread, loop = self._thread(threads[0]), asyncio.get_running_loop()
         try:
-            made = await loop.run_in_executor(self._thread, self.run, batch[0].key, items)
+            made = await loop.run_in_executor(thread, self.run, maker, items, len(threads))
         except Exception as error:
             if len(batch) > 1:  # Whose fault it was shows when each is done alone.
-                for waiting in batch:
-                    await self._do([waiting])
-            elif not batch[0].images.done():
-                batch[0].images.set_exception(error)
+                for part in batch:
+                    await self._do(maker, [part], threads)
+            elif not batch[0].request.images.done():
+                batch[0].request.images.set_exception(error)
             return
         start = 0
-        for waiting in batch:
-            end = start + len(waiting.items)
-            if not waiting.images.done():
-                waiting.images.set_result(made[start:end])
-            start = end
+        for part in batch:
+            part.request.keep(part.begin, made[start : start + len(part.items)])
+            start += len(part.items)
+
+    def _thread(self, number: int) -> ThreadPoolExecutor:
+        while len(self._threads) <= number:
+            self._threads.append(ThreadPoolExecutor(1, "batches"))
+        return self._threads[number]
+
+
+def _batch(requests: list[_Request[K, T]], items: int) -> list[_Part[K, T]]:
+    """The next of them, in their order, up to a number of items."""
+    batch = []
+    for request in requests:
+        if items and request.left:
+            part = request.take(items)
+            batch.append(part)
+            items -= len(part.items)
+    return batch

@@ -10,7 +10,6 @@ other. `keys/NAME.revoked` revokes it. Every gateway reads them again every few 
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import logging
 import re
 import secrets
@@ -23,17 +22,14 @@ from datetime import UTC, date, datetime
 from typing import Annotated, Any, TypedDict
 
 import tyro
-from fastapi import Request
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from biggan.claim import claimed
 from biggan.config import explain
 from biggan.errors import UserError
 from biggan.storage import Folder, StorageError, storage_root
-from serving.problems import ProblemError, problem_response
+from serving.problems import ProblemError
 from serving.schemas import MAX_IMAGES
 
 logger = logging.getLogger("ray.serve")
@@ -288,86 +284,6 @@ def repeat(stop: threading.Event, seconds: float, action: Callable[[], None]) ->
             action()
 
     threading.Thread(target=loop, daemon=True).start()
-
-
-def _secret(headers: Headers) -> str | None:
-    """The secret that a request carries; a scheme that is not ours leaves X-API-Key to count."""
-    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and bearer.strip():
-        return bearer.strip()
-    return headers.get("X-API-Key")
-
-
-SECURITY = {
-    "HTTPBearer": {"type": "http", "scheme": "bearer"},
-    "APIKeyHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-}
-"""How a request carries its key, as OpenAPI has it."""
-
-
-class RequireKey:
-    """The dependency of routes that need a key, which they find in `request.state.key`.
-
-    Without `keys` the endpoint is open, and the key is None.
-    """
-
-    def __init__(self, keys: Keys | None) -> None:
-        self.keys = keys
-
-    async def __call__(self, request: Request) -> Key | None:
-        """The key of a request."""
-        if not hasattr(request.state, "key"):  # Behind no door.
-            request.state.key = self.admit(request.headers)
-        found: Key | None = request.state.key
-        return found
-
-    def admit(self, headers: Headers) -> Key | None:
-        """The key that `headers` carry, as `Keys.authenticate` has it; None if all are let in."""
-        return None if self.keys is None else self.keys.authenticate(_secret(headers))
-
-
-class Door:
-    """Refuses strangers before what they send is read: FastAPI reads it ahead of dependencies."""
-
-    def __init__(self, app: ASGIApp, guard: RequireKey, prefix: str = "/v1/") -> None:
-        """Paths under `prefix` need a key; without keys, a client on this very machine."""
-        self.app, self.guard, self.prefix = app, guard, prefix
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] == "http" and scope["path"].startswith(self.prefix):
-            try:
-                scope.setdefault("state", {})["key"] = self.guard.admit(Headers(scope=scope))
-                # Should it be made to listen elsewhere after all, as by a file for `serve deploy`.
-                if self.guard.keys is None and not _is_loopback(
-                    (scope.get("client") or ("", 0))[0]
-                ):
-                    raise ProblemError(403, "this endpoint is open to its own machine alone")
-            except ProblemError as e:
-                refusal = problem_response(e.status, e.detail, e.errors, e.headers)
-                await refusal(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-def check_exposure(host: str, no_auth: bool) -> None:
-    """Raise `UserError` if an endpoint without keys would listen where other machines reach it."""
-    if no_auth and not _is_loopback(host):
-        raise UserError(
-            f"--no-auth --host {host}: whoever reaches this machine could use the endpoint; leave"
-            " --no-auth out and make a key (`make api-key NAME`), or listen on 127.0.0.1"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    # Any other name may lead elsewhere tomorrow, or on another machine of the cluster.
-    if host.lower() == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,11 @@ class Ledger:
         """Count no more what was taken for work that failed."""
         self.meter.give_back(key, images)
 
+    async def give_back_all(self, taken: Sequence[tuple[Key, int]]) -> None:
+        """`give_back` for several requests."""
+        for key, images in taken:
+            self.meter.give_back(key, images)
+
     async def metrics(self) -> bytes:
         """All counts in Prometheus' text format."""
         return generate_latest(self.registry)

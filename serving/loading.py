@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,48 +54,28 @@ class Loaded:
         self.pace = Pace()
         self._clock = time.thread_time if G.device.type == "cpu" else time.perf_counter
         self.threads = 1
-        self._parts: ThreadPoolExecutor | None = None
-
-    def use_threads(self, threads: int) -> None:
-        """Compute with so many threads."""
-        self.threads, self._parts = threads, ThreadPoolExecutor(threads, "part")
+        """Batches that are done at once, each in a thread of its own: threads that share a layer
+        wait for each other at its end, and for as long as a gateway takes a core from one of
+        them."""
 
     @property
     def limit(self) -> int:
         """Images of the largest batch that the pace allows, padding included."""
         return self.renderer.fits(self.pace.limit)
 
-    def make(self, recipes: Sequence[Recipe]) -> tuple[np.ndarray, float]:
+    def make(self, recipes: Sequence[Recipe], threads: int = 1) -> tuple[np.ndarray, float]:
         """The images of a batch, and the seconds that it took; the pace is learned from them."""
-        if self._parts and len(recipes) >= 2 * self.threads:
-            images, seconds = self._make_in_parts(self._parts, recipes)
-        else:
-            images, seconds = self._make(recipes, self.threads)
-        self.pace.note(len(recipes), seconds)
+        torch.set_num_threads(threads)  # Of the calling thread.
+        began = self._clock()
+        images = synthesize(self.G, recipes, self.directions, self.renderer)
+        seconds = self._clock() - began
+        if threads == 1 or self.threads == 1:
+            self.pace.note(len(recipes), seconds)
         return images, seconds
 
     def least_seconds(self, recipes: Sequence[Recipe]) -> float:
         """What a batch takes, at the least of a few times: the first of a size is slow."""
         return min(self.make(recipes)[1] for _ in range(4))
-
-    def _make(self, recipes: Sequence[Recipe], threads: int) -> tuple[np.ndarray, float]:
-        torch.set_num_threads(threads)  # Of the calling thread: models of one sampler differ.
-        began = self._clock()
-        images = synthesize(self.G, recipes, self.directions, self.renderer)
-        return images, self._clock() - began
-
-    def _make_in_parts(
-        self, parts: ThreadPoolExecutor, recipes: Sequence[Recipe]
-    ) -> tuple[np.ndarray, float]:
-        """A part of the batch in each thread.
-
-        Threads that share a layer wait for each other at its end. When a gateway takes a core from
-        one of them, that costs the others the same time.
-        """
-        size = -(-len(recipes) // self.threads)
-        slices = (recipes[i : i + size] for i in range(0, len(recipes), size))
-        images, seconds = zip(*parts.map(lambda part: self._make(part, 1), slices), strict=True)
-        return np.concatenate(images), max(seconds)
 
 
 def load_model(
@@ -114,7 +93,7 @@ def load_model(
     """
     G = load_generator(version, root=storage, device=device)
     directions = find_directions(G)
-    G.fold_spectral_norms()  # Nothing is left to be estimated in a forward.
+    G.freeze()
     # On a CPU, too, 1.4 times as quick in batches of 16 at 64 pixels (`benchmarks/README.md`).
     G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if G.device.type == "cuda":
@@ -123,7 +102,7 @@ def load_model(
     loaded = Loaded(G, directions, Renderer(G, rendering))
     plain = G.device.type == "cpu" and not loaded.renderer.compiled
     if plain and loaded.least_seconds(recipes) > LARGE_SECONDS:
-        loaded.use_threads(threads)
+        loaded.threads = threads
     while len(recipes) <= MAX_BATCH_IMAGES:
         loaded.renderer.prepare(len(recipes))
         seconds = loaded.least_seconds(recipes)

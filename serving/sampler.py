@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from biggan.cluster import own_device
 from biggan.directions import Directions
 from biggan.interpolation import walk
+from biggan.memory import keep_freed_memory
 from biggan.parallel import CPU
 from biggan.recipe import Recipe
 from biggan.synthesis import embeddings
@@ -44,14 +45,17 @@ class Sampler:
         self.rendering, self.threads = rendering, threads
         self.name = uuid.uuid4().hex[:8]
         self._models: dict[str, Loaded] = {}
-        self._batcher: Batcher[tuple[str, Loaded], Recipe] = Batcher(
-            self._make, lambda model: model[1].limit, self._note
-        )
+        self._batcher: Batcher[Loaded, Recipe] = Batcher(_make, self._note)
         self._work, self._since = 0.0, time.monotonic()
 
-    def _note(self, images: int, backlog: int) -> None:
+    def _note(self, model: Loaded, images: int, backlog: int, seconds: float) -> None:
+        # A batch that is half full is half the work: as many again would take little longer.
+        self._work += min(1.0, images / model.limit) * seconds / model.threads
         if self.reporter:
             self.reporter.add(Batch(self.name, images, backlog))
+
+    def _turned_away(self, model: Loaded, images: int) -> None:
+        self._work += self._batcher.last_seconds * images / (model.limit * model.threads)
 
     async def model(self, version: str) -> Loaded:
         """A model NAME@VERSION, loaded when first asked for."""
@@ -70,15 +74,19 @@ class Sampler:
         finally:
             thread.shutdown(wait=False)
 
+    def full(self, version: str, images: int) -> Busy | None:  # noqa: ARG002
+        """Nothing: whether there is room shows when `synthesize` is asked."""
+        return None
+
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """The images of recipes, by model NAME@VERSION: uint8 `[N, H, W, C]`; or `Busy`.
 
         Raises `UserError` for what the model cannot do, `StorageError` if it is not there.
         """
         model = await self.model(version)
-        images = await self._batcher.submit((version, model), recipes)
+        images = await self._batcher.submit(model, recipes)
         if isinstance(images, Busy):
-            self._work += self._batcher.last_seconds * len(recipes) / model.limit
+            self._turned_away(model, len(recipes))
         return images
 
     async def synthesize_all(
@@ -89,17 +97,9 @@ class Sampler:
         `turned_away` images were wanted too, but not asked for: they count as work.
         """
         model = await self.model(version)  # Once, for all; its error is that of all.
-        self._work += self._batcher.last_seconds * turned_away / model.limit
+        self._turned_away(model, turned_away)
         requests = (self.synthesize(version, recipes) for recipes in wanted)
         return await asyncio.gather(*requests, return_exceptions=True)
-
-    def _make(self, model: tuple[str, Loaded], recipes: list[Recipe]) -> np.ndarray:
-        # A batch that is half full is half the work: as many again would take little longer.
-        full = min(1.0, len(recipes) / model[1].limit)
-        began = time.monotonic()
-        images, _ = model[1].make(recipes)
-        self._work += full * (time.monotonic() - began)
-        return images
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """`work` asked for since the last call, turned away or not, as part of what can be done."""
@@ -126,6 +126,11 @@ class Sampler:
         return y
 
 
+def _make(model: Loaded, recipes: list[Recipe], threads: int) -> np.ndarray:
+    images, _ = model.make(recipes, threads)
+    return images
+
+
 def deployed(max_models: int) -> type[Sampler]:
     """A `Sampler` for Ray Serve: models used least recently make room for others.
 
@@ -141,6 +146,8 @@ def deployed(max_models: int) -> type[Sampler]:
             threads: int,
         ) -> None:
             super().__init__(storage, Reporter(ledger.record.remote), rendering, threads)
+            if own_device().type == "cpu":
+                keep_freed_memory()  # Page faults would take a fifth of a batch.
 
         @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
         async def model(self, version: str) -> Loaded:

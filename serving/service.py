@@ -67,6 +67,9 @@ NOTHING_OBSERVED = Observed(requests=0, error_rate=0.0, p50_ms=None, p95_ms=None
 class Painter(Protocol):
     """Who makes images: `serving.sampler.Sampler`, here or behind a handle."""
 
+    def full(self, version: str, images: int) -> Busy | None:
+        """That there is no room for so many images, where that is known without asking."""
+
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """The images of recipes, or that there is no room for them."""
 
@@ -173,6 +176,7 @@ class Service:
         """
         began = time.monotonic()
         model = await self.catalogue.find(request.model, request.seed)
+        _check(key, model)
         wanted = None if request.class_ is None else recipes.mixture("class", request.class_, model)
         image, factor = await self._upload(request, model)
         task = Task(
@@ -185,7 +189,7 @@ class Service:
             until=time.time() + request.deadline - (time.monotonic() - began),
         )
         async with (
-            self._admitted(key, model, request.candidates),
+            self._admitted(key, request.candidates),
             aclosing(self.seeker.search(task)) as news,
         ):
             async for item in news:
@@ -301,19 +305,21 @@ class Service:
         )
 
     async def _make(self, key: Key | None, model: Model, wanted: list[Recipe]) -> Made:
-        async with self._admitted(key, model, len(wanted)):
+        _check(key, model)
+        if busy := self.painter.full(model.reference, len(wanted)):  # Nothing to count, then.
+            raise too_busy(busy.seconds)
+        async with self._admitted(key, len(wanted)):
             images = await self.painter.synthesize(model.reference, wanted)
             if isinstance(images, Busy):
                 raise too_busy(images.seconds)
         return Made(model, wanted, images)
 
     @asynccontextmanager
-    async def _admitted(self, key: Key | None, model: Model, images: int) -> AsyncIterator[None]:
+    async def _admitted(self, key: Key | None, images: int) -> AsyncIterator[None]:
         """Count images for a key, unless they are not made; raises `ProblemError` 403 or 429."""
         if key is None:
             yield
             return
-        key.check_model(model.name)
         answer = await self.counts.take(key, images)
         if isinstance(answer, Refusal):
             raise answer.problem()
@@ -322,6 +328,12 @@ class Service:
         except BaseException:
             await self.counts.give_back(key, images)
             raise
+
+
+def _check(key: Key | None, model: Model) -> None:
+    """Raise `ProblemError` 403 if the key may not use the model."""
+    if key:
+        key.check_model(model.name)
 
 
 def too_busy(seconds: float = 0.0) -> ProblemError:

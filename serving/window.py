@@ -27,16 +27,22 @@ class Window:
         """Images that were not asked for, for samplers to be told, of which more may be needed."""
         self._busy = Busy(0.0)
 
-    async def ask(self, images: int, call: Callable[[], Awaitable[Answer]]) -> Answer:
-        """What `call` gives for so many images, or that there is no room for them.
+    def full(self, images: int) -> Busy | None:
+        """That there is no room for so many images, if so; samplers are told of them.
 
         A request is turned away for what is asked already, whatever its own size: if samplers have
         no room for as many, they say so themselves.
         """
+        if self.asked + 1 <= self.limit:
+            return None
+        self.turned_away += images
+        return self._busy
+
+    async def ask(self, images: int, call: Callable[[], Awaitable[Answer]]) -> Answer:
+        """What `call` gives for so many images, or that there is no room for them."""
+        if busy := self.full(images):
+            return busy
         before = self.asked
-        if before + 1 > self.limit:
-            self.turned_away += images
-            return self._busy
         self.asked += images
         try:
             answer = await call()

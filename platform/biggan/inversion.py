@@ -223,7 +223,7 @@ class _Search:
     def run(self) -> Inversion:
         """The search, from its starts to its recipes."""
         G = copy.deepcopy(self.G).eval().requires_grad_(False)
-        G.fold_spectral_norms()
+        G.freeze()
         wanted = from_uint8(torch.tensor(self.pixels)).permute(2, 0, 1)[None].to(G.device)
 
         def distances(images: Tensor) -> Tensor:

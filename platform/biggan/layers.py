@@ -92,6 +92,10 @@ class SpectralNorm(nn.Module):
         self.weight.copy_(self.normalized_weight())
         self.u = None
 
+    def freeze_weight(self) -> None:
+        """Compute ahead whatever follows from the weight, which must not change from now on."""
+        self.fold()
+
 
 def spectral_norms(network: nn.Module) -> dict[str, SpectralNorm]:
     """Every spectrally normalized layer of a network, by its name in it."""
@@ -143,9 +147,26 @@ class SNUpConv2d(SNConv2d):
     to rounding. `benchmarks/README.md` has the gain.
     """
 
+    kernel: Tensor | None
+    """That of the transposed convolution, once the layer is frozen. To make it takes longer than
+    to convolve one image with it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("kernel", None, persistent=False)
+
+    @torch.no_grad()
+    def freeze_weight(self) -> None:
+        """See `SpectralNorm.freeze_weight`."""
+        super().freeze_weight()
+        self.kernel = self._kernel().contiguous()
+
+    def _kernel(self) -> Tensor:
+        return _spread(self.normalized_weight()).flip(2, 3).transpose(0, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, in_channels, H, W]` to `[N, out_channels, 2 H, 2 W]`."""
-        kernel = _spread(self.normalized_weight()).flip(2, 3).transpose(0, 1)
+        kernel = self._kernel() if self.kernel is None else self.kernel
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 

@@ -322,6 +322,11 @@ class Generator(nn.Module):
         for layer in spectral_norms(self).values():
             layer.fold()
 
+    def freeze(self) -> None:
+        """For generating alone: compute ahead whatever follows from weights, which now stay."""
+        for layer in spectral_norms(self).values():
+            layer.freeze_weight()
+
     @property
     def sample_batch(self) -> int:
         """Images generated at a time outside training: 256 up to 128 pixels, then fewer."""

@@ -1,4 +1,4 @@
-"""An endpoint of a random model that makes some thirty images a second, on the shared cluster."""
+"""Endpoints of random models on the shared cluster."""
 
 import subprocess
 import sys
@@ -24,13 +24,23 @@ def reference(storage):
 
 
 @pytest.fixture(scope="session")
+def slow(storage):
+    """What `slow@best` makes of them, a model that has work for several samplers."""
+    torch.manual_seed(0)
+    config = ModelConfig(ch_g=24, z_dim=24, attention=())
+    G = Generator(config, resolution=128, channels=3, n_classes=4).eval()
+    add_imported("slow", G)
+    return Reference(G)
+
+
+@pytest.fixture(scope="session")
 def deploy(cluster, reference):
     """Runs `python -m serving` with the options given to it, and again; gives the URL."""
     port = free_port()
 
-    def run(*options):
+    def run(*options, model="loaded@best"):
         command = [
-            *(sys.executable, "-m", "serving", "--models", "loaded@best", "--port", str(port)),
+            *(sys.executable, "-m", "serving", "--models", model, "--port", str(port)),
             *("--cpus-per-replica", "0.5", "--no-auth", "--detach", *options),
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

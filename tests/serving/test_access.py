@@ -15,6 +15,7 @@ from PIL import Image
 import biggan
 from biggan.client import EndpointError
 from biggan.pixels import sheet
+from serving.batching import Busy
 from serving.keys import Keys, KeyStore, Limits
 
 PROBLEM = "application/problem+json"
@@ -70,6 +71,20 @@ def test_a_key_opens_the_models_that_it_is_for(closed, secrets, monkeypatch):
     assert len(biggan.Client(closed).generate(3)) == 1
     with pytest.raises(EndpointError, match=r"403.*may not use model colour"):
         biggan.Client(closed, model="colour").generate(3)
+
+
+def test_whom_a_full_endpoint_turns_away_has_nothing_counted(storage, grey):
+    secret = KeyStore().make("early", Limits(quota=10))
+    service = new_service(["grey"])
+    asked = []
+    service.counts.take = lambda *wanted: asked.append(wanted)
+    service.painter.full = lambda version, images: Busy(1.5) if images == 3 else None
+    with served(service, Keys()) as url:
+        body, headers = {"class": 3, "n": 3}, {"X-API-Key": secret}
+        answer = requests.post(f"{url}/v1/generate", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "2"
+    assert not asked
 
 
 def test_a_quota_and_a_rate(closed, secrets):

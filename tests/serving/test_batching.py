@@ -10,94 +10,140 @@ from serving.batching import Batcher, Busy
 
 
 class Model:
-    """Makes `[key, item]` of items, once it is let; remembers its batches."""
+    """Makes `[name, item]` of items, once it is let; remembers its batches and their threads."""
 
-    def __init__(self):
-        self.batches, self.let = [], threading.Semaphore(0)
+    def __init__(self, name="a", limit=4, threads=1):
+        self.name, self.limit, self.threads = name, limit, threads
+        self.batches, self.used, self.let = [], [], threading.Semaphore(0)
 
-    def __call__(self, key, items):
+    def make(self, items, threads):
+        self.batches.append(items)
+        self.used.append((threading.get_ident(), threads))
         assert self.let.acquire(timeout=10)
-        self.batches.append((key, items))
         if "bad" in items:
             raise ValueError("bad")
-        return np.array([[key, item] for item in items])
+        return np.array([[self.name, item] for item in items])
 
 
 async def settle():
     for _ in range(10):
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.005)
+
+
+async def ask_in_turn(batcher, requests):
+    """Tasks that ask a model for items, each once the one before has begun to wait."""
+    tasks = []
+    for model, items in requests:
+        tasks.append(asyncio.create_task(batcher.submit(model, items)))
+        await settle()
+    return tasks
+
+
+def run(test):
+    asyncio.run(test())
 
 
 def test_batches_fill_while_the_model_works():
-    async def run():
-        model, noted = Model(), []
-        batcher = Batcher(model, lambda _key: 4, lambda *told: noted.append(told))
-        first = asyncio.create_task(batcher.submit("a", [0]))
-        await settle()  # It is in the model's hands: nothing waits for company.
-        others = [
-            asyncio.create_task(batcher.submit(key, items))
-            for key, items in (("a", [1, 2]), ("b", [3]), ("a", [4]))
-        ]
-        await settle()
+    @run
+    async def _test():
+        a, b, noted = Model("a"), Model("b"), []
+        batcher = Batcher(Model.make, lambda model, *told: noted.append((model, *told[:2])))
+        requests = ((a, [0]), (a, [1, 2]), (b, [3]), (a, [4]))
+        tasks = await ask_in_turn(batcher, requests)
+        assert a.batches == [[0]]  # It is in the model's hands: nothing waits for company.
         assert batcher.backlog == 4
-        model.let.release(3)
-        made = [await task for task in (first, *others)]
+        a.let.release(2)
+        b.let.release(1)
+        made = [await task for task in tasks]
         assert [m.tolist() for m in made] == [
             [["a", "0"]],
             [["a", "1"], ["a", "2"]],
             [["b", "3"]],
             [["a", "4"]],
         ]
-        assert model.batches == [("a", [0]), ("a", [1, 2, 4]), ("b", [3])]
-        assert noted == [(1, 0), (3, 1), (1, 0)]
-
-    asyncio.run(run())
+        assert (a.batches, b.batches) == ([[0], [1, 2, 4]], [[3]])
+        assert noted == [(a, 1, 0), (a, 3, 1), (b, 1, 0)]
 
 
 def test_what_the_next_batch_has_no_room_for_is_turned_away():
-    async def run():
-        model = Model()
-        batcher = Batcher(model, lambda _key: 4)
-        tasks = []
-        for n in (1, 9, 1, 3):  # 9 alone are a batch of their own.
-            tasks.append(asyncio.create_task(batcher.submit("a", range(n))))
-            await settle()
+    @run
+    async def _test():
+        model = Model(limit=4)
+        batcher = Batcher(Model.make)
+        tasks = await ask_in_turn(batcher, [(model, range(n)) for n in (1, 9, 1, 3)])
         assert isinstance(await tasks[2], Busy)
         assert isinstance(await tasks[3], Busy)
-        model.let.release(2)
+        model.let.release(9)
         assert len(await tasks[0]) == 1
-        assert len(await tasks[1]) == 9
+        made = await tasks[1]
+        assert made[:, 1].tolist() == [str(item) for item in range(9)]
+        assert [len(batch) for batch in model.batches] == [1, 4, 4, 1]
 
-    asyncio.run(run())
+
+def test_two_threads_have_batches_of_their_own():
+    @run
+    async def _test():
+        model = Model(limit=4, threads=2)
+        batcher = Batcher(Model.make)
+        tasks = await ask_in_turn(
+            batcher, [(model, range(6)), *[(model, [i]) for i in range(6, 17)]]
+        )
+        assert model.batches == [[0, 1, 2], [3, 4, 5]]
+        assert len(set(model.used)) == 2
+        assert batcher.backlog == 10  # 6 are done, and the 17th would be one more than 2 * 2 * 4.
+        assert isinstance(await tasks[-1], Busy)
+        model.let.release(1)
+        await settle()
+        assert model.batches[2:] == [[6, 7, 8, 9]]
+        model.let.release(9)
+        made = np.concatenate([await task for task in tasks[:-1]])
+        assert made[:, 1].tolist() == [str(item) for item in range(16)]
+        assert sorted(model.batches[3:]) == [[10, 11, 12, 13], [14, 15]]
+
+
+def test_few_images_of_nobody_elses_have_all_threads():
+    @run
+    async def _test():
+        model = Model(limit=8, threads=2)
+        batcher = Batcher(Model.make)
+        tasks = await ask_in_turn(batcher, [(model, range(3)), (model, [3]), (model, [4])])
+        assert model.batches == [[0, 1, 2]]  # The others are in its way, were they to begin.
+        model.let.release(9)
+        await asyncio.gather(*tasks)
+        assert model.batches[1:] == [[3, 4]]
+        assert [threads for _, threads in model.used] == [2, 2]
+        assert len({thread for thread, _ in model.used}) == 1  # OpenMP has one set of workers.
 
 
 def test_one_bad_request_fails_alone():
-    async def run():
-        model = Model()
+    @run
+    async def _test():
+        model = Model(limit=8)
         model.let.release(100)
-        batcher = Batcher(model, lambda _key: 8)
-        tasks = [asyncio.create_task(batcher.submit("a", [item])) for item in (0, "bad", 2)]
+        batcher = Batcher(Model.make)
+        requests = [[0], ["bad"], [2], ["bad", *range(10, 19)]]
+        tasks = [asyncio.create_task(batcher.submit(model, items)) for items in requests]
         await asyncio.wait(tasks)
-        assert [type(task.exception()) for task in tasks] == [type(None), ValueError, type(None)]
+        assert [type(task.exception()) for task in tasks] == [
+            *(type(None), ValueError, type(None), ValueError)
+        ]
         assert tasks[2].result().tolist() == [["a", "2"]]
-        assert (await batcher.submit("a", [3])).tolist() == [["a", "3"]]
-
-    asyncio.run(run())
+        assert not any(18 in batch for batch in model.batches)  # Of it no more is made.
+        assert (await batcher.submit(model, [3])).tolist() == [["a", "3"]]
 
 
 def test_what_nobody_waits_for_any_more_is_not_made():
-    async def run():
-        model = Model()
-        batcher = Batcher(model, lambda _key: 2)
-        tasks = []
-        for item in range(3):
-            tasks.append(asyncio.create_task(batcher.submit("a", [item])))
-            await settle()
-        tasks[2].cancel()
+    @run
+    async def _test():
+        model = Model(limit=2)
+        batcher = Batcher(Model.make)
+        tasks = await ask_in_turn(batcher, [(model, [0]), (model, [1, 2, 3])])
+        model.let.release(1)
+        await settle()
+        assert model.batches == [[0], [1, 2]]
+        tasks[1].cancel()
         with pytest.raises(asyncio.CancelledError):
-            await tasks[2]
+            await tasks[1]
         model.let.release(5)
-        await asyncio.wait(tasks)
-        assert 2 not in [item for _, items in model.batches for item in items]
-
-    asyncio.run(run())
+        assert len(await batcher.submit(model, [4])) == 1
+        assert model.batches == [[0], [1, 2], [4]]

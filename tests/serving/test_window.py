@@ -58,6 +58,18 @@ def test_what_was_too_much_is_not_asked_again():
         assert window.asked == 0
 
 
+def test_who_asks_whether_it_is_full_is_counted_as_turned_away():
+    @run
+    async def _test():
+        window, samplers = Window(), Samplers(room=4)
+        assert window.full(64) is None
+        await ask_at_once(window, samplers, 5 * [1])
+        assert window.full(3) is None  # Nothing is asked now.
+        window.asked = 4
+        assert window.full(3).seconds == 0.5
+        assert window.turned_away == 3
+
+
 def test_it_grows_to_what_there_is_room_for():
     @run
     async def _test():
