@@ -109,12 +109,14 @@ class Batcher(Generic[K, T]):
     async def submit(self, maker: K, items: Sequence[T]) -> np.ndarray | Busy:
         """What `run` makes of the items, which may travel with those of others, and apart.
 
-        `Busy` if others wait already and two batches of each thread have no room for all, the items
-        that are being done included: if these are few, those that wait may be more than fit into
-        the next. What a request that is cancelled has in no batch yet is not done. Raises what
-        `run` raises for these items alone.
+        `Busy` if others wait already and there is no room for all, the items that are being done
+        included: if these are few, those that wait may be more than fit into the next batch. What a
+        request that is cancelled has in no batch yet is not done. Raises what `run` raises for
+        these items alone.
         """
-        room = 2 * maker.limit * maker.threads
+        # What is done, and as much again; of several threads more, for their batches end one by one,
+        # and those who had the images of one are not back for the next (`benchmarks/README.md`).
+        room = maker.limit * (3 * maker.threads - 1)
         if (backlog := self.backlog) and self._doing + backlog + len(items) > room:
             return Busy(self.last_seconds)
         request = _Request(maker, items, asyncio.get_running_loop().create_future())

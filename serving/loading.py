@@ -32,17 +32,18 @@ and nothing of 1.2: they wait for each other at every layer (`benchmarks/README.
 class Pace:
     """How many images a model makes in `BATCH_SECONDS`, as it turns out."""
 
-    limit: int = 1
-    """Images of the largest batch; a request of more is a batch of its own."""
+    cost: float = BATCH_SECONDS
+    """Seconds that an image takes, in a batch of as many as there should be."""
+
+    @property
+    def limit(self) -> int:
+        """Images of the largest batch."""
+        return min(MAX_BATCH_IMAGES, max(1, int(BATCH_SECONDS / self.cost)))
 
     def note(self, images: int, seconds: float) -> None:
-        """Learn from a batch that is half full at least: a tenth less if it was slow, else more."""
-        if 2 * images < self.limit:
-            return
-        if seconds > BATCH_SECONDS:
-            self.limit = max(1, int(0.9 * self.limit))
-        else:
-            self.limit = min(MAX_BATCH_IMAGES, max(self.limit + 1, int(1.1 * self.limit)))
+        """Learn from a batch that is half full at least; a little, for some are slow by chance."""
+        if 2 * images >= self.limit:
+            self.cost *= (max(seconds, 1e-9) / images / self.cost) ** 0.1
 
 
 class Loaded:
@@ -106,7 +107,7 @@ def load_model(
     while len(recipes) <= MAX_BATCH_IMAGES:
         loaded.renderer.prepare(len(recipes))
         seconds = loaded.least_seconds(recipes)
-        loaded.pace.limit = len(recipes)
+        loaded.pace.cost = seconds / len(recipes)
         if seconds > BATCH_SECONDS:
             break
         recipes = 2 * recipes

@@ -208,6 +208,16 @@ def test_a_shared_power_iteration_serves_all_forwards_within():
     assert torch.allclose(layer.normalized_weight(), first, atol=1e-6)  # As one forward alone.
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_frozen_weight_gives_the_same_output(memory_format):
+    layer, x = SNUpConv2d(3, 4, 3, 1e-6).eval(), torch.randn(2, 3, 6, 6)
+    before = layer(x)
+    layer.freeze_weight()
+    layer.to(memory_format=memory_format)
+    assert torch.allclose(layer(x.to(memory_format=memory_format)), before, atol=1e-6)
+    assert layer.state_dict().keys() == {"weight", "bias"}
+
+
 def test_a_folded_norm_gives_the_same_output():
     layer, x = SNConv2d(3, 4, 3, 1e-6).eval(), torch.randn(2, 3, 6, 6)
     before = layer(x)

@@ -86,19 +86,19 @@ def test_two_threads_have_batches_of_their_own():
         model = Model(limit=4, threads=2)
         batcher = Batcher(Model.make)
         tasks = await ask_in_turn(
-            batcher, [(model, range(6)), *[(model, [i]) for i in range(6, 17)]]
+            batcher, [(model, range(6)), *[(model, [i]) for i in range(6, 21)]]
         )
         assert model.batches == [[0, 1, 2], [3, 4, 5]]
         assert len(set(model.used)) == 2
-        assert batcher.backlog == 10  # 6 are done, and the 17th would be one more than 2 * 2 * 4.
+        assert batcher.backlog == 14  # 6 are done, and one more would be more than 5 batches.
         assert isinstance(await tasks[-1], Busy)
         model.let.release(1)
         await settle()
         assert model.batches[2:] == [[6, 7, 8, 9]]
         model.let.release(9)
         made = np.concatenate([await task for task in tasks[:-1]])
-        assert made[:, 1].tolist() == [str(item) for item in range(16)]
-        assert sorted(model.batches[3:]) == [[10, 11, 12, 13], [14, 15]]
+        assert made[:, 1].tolist() == [str(item) for item in range(20)]
+        assert sorted(model.batches[3:]) == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
 
 
 def test_few_images_of_nobody_elses_have_all_threads():
