@@ -114,7 +114,7 @@ class Batcher(Generic[K, T]):
         request that is cancelled has in no batch yet is not done. Raises what `run` raises for
         these items alone.
         """
-        # What is done, and as much again; of several threads more, for their batches end one by one,
+        # What is done, and as much again; of several threads more: their batches end one by one,
         # and those who had the images of one are not back for the next (`benchmarks/README.md`).
         room = maker.limit * (3 * maker.threads - 1)
         if (backlog := self.backlog) and self._doing + backlog + len(items) > room:
