@@ -89,7 +89,7 @@ class Batcher(Generic[K, T]):
     ) -> None:
         """`run` makes `[N, ...]` of a maker and N items, computing with a number of threads.
 
-        That is 1, or all of the maker's for few items of nobody else's. `note` is told of every
+        That is 1, or all of the maker's for items that would leave some idle. `note` is told of every
         batch: maker, items, how many were left waiting, and the seconds that it took.
         """
         self.run, self.note = run, note
@@ -133,7 +133,7 @@ class Batcher(Generic[K, T]):
                 return
             same = [request for request in self._waiting if request.maker is maker]
             items, threads = sum(request.left for request in same), free
-            if self._taken or items >= 2 * len(free):  # Too many to be done by all together.
+            if self._taken or items >= len(free):  # Else all of them do it together.
                 items, threads = min(maker.limit, math.ceil(items / len(free))), free[:1]
             self._taken.update(threads)
             self._doing += items

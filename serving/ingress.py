@@ -32,6 +32,9 @@ def environment(place: str = "biggan") -> dict[str, str]:
     return CALLS | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
+        # A gateway that is to end stays so long, for HAProxy to hear of it; and with it, until
+        # then, an endpoint that is ended. It would be 30 s, for balancers that ask now and then.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "BIGGAN_HAPROXY": binary,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{files}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{files}/admin.sock",

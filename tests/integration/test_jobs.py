@@ -55,7 +55,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def submitted(cluster, storage, tree):
-    """What was printed by the jobs of the whole path, submitted in turn."""
+    """What was printed by the jobs of the whole path; a run and a sweep train side by side."""
     commands = {
         "prepare": "jobs/prepare.py --source digits --name submitted",
         "train": f"jobs/train.py --name submitted {SMALL}"
@@ -64,10 +64,16 @@ def submitted(cluster, storage, tree):
         "sweep": f"jobs/sweep.py --name submitted {SMALL} --num-trials 2",
         "promote": "jobs/promote.py --sweep submitted",
     }
-    return {
-        verb: submit(cluster, tree, f"{command} --storage {storage}")
-        for verb, command in commands.items()
-    }
+    printed = {}
+
+    def run(*verbs):
+        for verb in verbs:
+            printed[verb] = submit(cluster, tree, f"{commands[verb]} --storage {storage}")
+
+    run("prepare")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda verbs: run(*verbs), (("train", "repeat"), ("sweep", "promote"))))
+    return printed
 
 
 def test_prepare_and_train_with_the_code_that_was_submitted(submitted):

@@ -101,18 +101,19 @@ def test_two_threads_have_batches_of_their_own():
         assert sorted(model.batches[3:]) == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19]]
 
 
-def test_few_images_of_nobody_elses_have_all_threads():
+def test_an_image_that_comes_alone_has_all_threads():
     @run
     async def _test():
         model = Model(limit=8, threads=2)
         batcher = Batcher(Model.make)
-        tasks = await ask_in_turn(batcher, [(model, range(3)), (model, [3]), (model, [4])])
-        assert model.batches == [[0, 1, 2]]  # The others are in its way, were they to begin.
+        tasks = await ask_in_turn(batcher, [(model, [0]), (model, [1]), (model, [2])])
+        assert model.batches == [[0]]  # The others would be in its way, were they to begin.
         model.let.release(9)
         await asyncio.gather(*tasks)
-        assert model.batches[1:] == [[3, 4]]
-        assert [threads for _, threads in model.used] == [2, 2]
-        assert len({thread for thread, _ in model.used}) == 1  # OpenMP has one set of workers.
+        await batcher.submit(model, [3])
+        assert sorted(model.batches) == [[0], [1], [2], [3]]
+        assert [threads for _, threads in model.used] == [2, 1, 1, 2]
+        assert model.used[0] == model.used[3]  # OpenMP has workers for one thread alone.
 
 
 def test_one_bad_request_fails_alone():
