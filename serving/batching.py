@@ -89,8 +89,8 @@ class Batcher(Generic[K, T]):
     ) -> None:
         """`run` makes `[N, ...]` of a maker and N items, computing with a number of threads.
 
-        That is 1, or all of the maker's for items that would leave some idle. `note` is told of every
-        batch: maker, items, how many were left waiting, and the seconds that it took.
+        That is 1, or all of the maker's for items that would leave some idle. `note` is told of
+        every batch: maker, items, how many were left waiting, and the seconds that it took.
         """
         self.run, self.note = run, note
         self._waiting: deque[_Request[K, T]] = deque()
