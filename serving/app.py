@@ -97,8 +97,9 @@ class _Version:
     """Calls to the samplers of one model version."""
 
     def __init__(self, version: str, handle: DeploymentHandle[Any]) -> None:
+        self.version, self.any = version, handle
         # The model's id lets Serve choose a replica that has the model in memory.
-        self.version, self.handle = version, handle.options(multiplexed_model_id=version)
+        self.having = handle.options(multiplexed_model_id=version)
         self.window = Window()
         self.together: Coalescer[Sequence[Recipe], np.ndarray | Busy] = Coalescer(self._synthesize)
 
@@ -113,8 +114,11 @@ class _Version:
     async def ask(self, method: str, *arguments: Any) -> Any:
         """What a sampler's method gives."""
         for _ in range(2):  # Recipes give the same images elsewhere, if a sampler dies of one.
+            # Those who have it may have too much to do: then others are to load it, for they would
+            # be left idle else, however many come.
+            handle = self.any if self.window.crowded else self.having
             try:
-                return await getattr(self.handle, method).remote(self.version, *arguments)
+                return await getattr(handle, method).remote(self.version, *arguments)
             except BackPressureError:
                 break
             except RayActorError:

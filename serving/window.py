@@ -8,6 +8,7 @@ by itself; it asks for a little more as time goes on, as TCP does for its window
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy as np
 from serving.batching import Busy
 
 Answer = np.ndarray | Busy
+
+CROWDED_SECONDS = 5.0
 
 
 class Window:
@@ -26,6 +29,12 @@ class Window:
         self.turned_away = 0
         """Images that were not asked for, for samplers to be told, of which more may be needed."""
         self._busy = Busy(0.0)
+        self._crowded = -math.inf
+
+    @property
+    def crowded(self) -> bool:
+        """Whether something was turned away of late."""
+        return time.monotonic() - self._crowded < CROWDED_SECONDS
 
     def full(self, images: int) -> Busy | None:
         """That there is no room for so many images, if so; samplers are told of them.
@@ -36,6 +45,7 @@ class Window:
         if self.asked + 1 <= self.limit:
             return None
         self.turned_away += images
+        self._crowded = time.monotonic()
         return self._busy
 
     async def ask(self, images: int, call: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -51,6 +61,7 @@ class Window:
         if isinstance(answer, Busy):
             # Not of what is asked now: the answer comes together with images of the same call.
             # Nor is it known how many fewer images of a large request there would be room for.
+            self._crowded = time.monotonic()
             self.limit, self._busy = min(self.limit, max(before, images)), answer
         elif 2 * (self.asked + images) > self.limit:  # Of use, at least in half.
             self.limit += images / self.limit  # By one in the time that takes to make them all.

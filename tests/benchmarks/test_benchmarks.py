@@ -171,6 +171,18 @@ def test_scaling_says_what_it_assumes(tmp_path):
     assert measured[0]["step"] == pytest.approx(rows[0]["step"])
 
 
+def test_what_an_image_costs_a_sampler():
+    flags = "--resolution 32 --ch 1 --images 1 3 --rounds 2"
+    run = benchmark("forward", *flags.split())
+    assert run.returncode == 0, run.stderr
+    *_, one, three = run.stdout.splitlines()
+    for row, images in ((one, 1), (three, 3)):
+        n, *costs = [float(cell) for cell in row.strip("| ").split("|")]
+        assert n == images
+        assert len(costs) == 5
+        assert all(cost > 0 for cost in costs)
+
+
 def test_a_simulated_cluster_schedules_a_sweep(tmp_path):
     run = benchmark(
         "simulated_cluster", "--nodes", 2, "--trials", 3, "--seconds", 0.2, "--reports", 2,

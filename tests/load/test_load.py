@@ -67,7 +67,7 @@ def test_a_search_whose_searcher_is_killed_begins_anew_and_finds_the_same(deploy
     began = time.monotonic()
     [found] = client.invert(file.getvalue(), CLASS, progress=kill)
     print(f"\nsearcher killed: found after {time.monotonic() - began:.1f} s, steps {steps}")
-    assert steps != sorted(steps)
+    assert steps.count(steps[0]) == 2
     assert replicas("Searcher") != {searcher}
     assert found.psnr == pytest.approx(expected.psnr, abs=0.1)
     assert found.file == expected.file

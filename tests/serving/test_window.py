@@ -63,11 +63,13 @@ def test_who_asks_whether_it_is_full_is_counted_as_turned_away():
     async def _test():
         window, samplers = Window(), Samplers(room=4)
         assert window.full(64) is None
+        assert not window.crowded
         await ask_at_once(window, samplers, 5 * [1])
         assert window.full(3) is None  # Nothing is asked now.
         window.asked = 4
         assert window.full(3).seconds == 0.5
         assert window.turned_away == 3
+        assert window.crowded
 
 
 def test_it_grows_to_what_there_is_room_for():
