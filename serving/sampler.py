@@ -147,7 +147,7 @@ def deployed(max_models: int) -> type[Sampler]:
         ) -> None:
             super().__init__(storage, Reporter(ledger.record.remote), rendering, threads)
             if own_device().type == "cpu":
-                keep_freed_memory()  # Page faults would take a fifth of a batch.
+                keep_freed_memory()  # Page faults took a fifth of some batches.
 
         @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
         async def model(self, version: str) -> Loaded:

@@ -18,6 +18,7 @@ from serving.batching import Busy
 Answer = np.ndarray | Busy
 
 CROWDED_SECONDS = 5.0
+"""So long after one was turned away, requests may go to samplers that are yet to load the model."""
 
 
 class Window:
