@@ -24,7 +24,7 @@ On a CPU it is the time of the core. Where others take it too, smaller batches w
 images dearer, and have more requests turned away, which takes of the core as well."""
 MAX_BATCH_IMAGES = 4 * MAX_IMAGES
 LARGE_SECONDS = 0.005
-"""A model that takes longer for an image computes with several threads. Two save a part of 17 ms,
+"""A model that takes longer for an image computes with several threads. Two save a part of 10 ms,
 and nothing of 1.2: they wait for each other at every layer (`benchmarks/README.md`)."""
 
 
@@ -95,7 +95,7 @@ def load_model(
     G = load_generator(version, root=storage, device=device)
     directions = find_directions(G)
     G.freeze()
-    # On a CPU, too, 1.4 times as quick in batches of 16 at 64 pixels (`benchmarks/README.md`).
+    # On a CPU, too, 1.2 times as quick in batches of 16 at 64 pixels (`benchmarks/README.md`).
     G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if G.device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # Its 10 bits would be told from float32.

@@ -117,6 +117,7 @@ class Host:
         pid, own = self._process.pid, Path("/proc/self/ns/net").readlink()
         theirs = Path(f"/proc/{pid}/ns/net")
         self._wait(lambda: theirs.readlink() != own)
+        _sh(f"ip link delete {self._port}", check=False)  # A killed test's.
         _sh(f"ip link add {self._port} type veth peer name eth0 netns {pid}")
         _sh(f"ip link set {self._port} master {BRIDGE} up")
         inside = f"nsenter --net=/proc/{pid}/ns/net ip"
