@@ -30,8 +30,8 @@ class EndpointConfig(BaseModel):
     max_replicas: int = Field(4, ge=1)
     """Samplers under load."""
     cpus_per_replica: float = Field(1.0, gt=0)
-    """CPU cores that a sampler reserves. It computes on up to twice as many, if that makes an image
-    sooner: between batches they are idle."""
+    """CPU cores that a sampler reserves. It computes on up to twice as many with a model that
+    takes over 5 ms for an image: between batches they are idle."""
     gpus_per_replica: float = Field(0.0, ge=0)
     """GPUs, or the part of one, that a sampler takes."""
     precision: Precision = "float32"

@@ -70,7 +70,7 @@ class Loaded:
         began = self._clock()
         images = synthesize(self.G, recipes, self.directions, self.renderer)
         seconds = self._clock() - began
-        if threads == 1 or self.threads == 1:
+        if threads == 1:  # The pace is that of a thread.
             self.pace.note(len(recipes), seconds)
         return images, seconds
 

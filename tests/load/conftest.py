@@ -13,24 +13,25 @@ from biggan.config import ModelConfig
 from biggan.networks import Generator
 
 
+def imported(name, resolution, ch):
+    """What a random model `name@best` makes of the seeds that clients ask for."""
+    torch.manual_seed(0)
+    config = ModelConfig(ch_g=ch, z_dim=24, attention=())
+    G = Generator(config, resolution=resolution, channels=3, n_classes=4).eval()
+    add_imported(name, G)
+    return Reference(G)
+
+
 @pytest.fixture(scope="session")
 def reference(storage):
-    """What the model `loaded@best` makes of the seeds that clients ask for."""
-    torch.manual_seed(0)
-    config = ModelConfig(ch_g=32, z_dim=24, attention=())
-    G = Generator(config, resolution=32, channels=3, n_classes=4).eval()
-    add_imported("loaded", G)
-    return Reference(G)
+    """A small model, `loaded@best`."""
+    return imported("loaded", resolution=32, ch=32)
 
 
 @pytest.fixture(scope="session")
 def slow(storage):
-    """What `slow@best` makes of them, a model that has work for several samplers."""
-    torch.manual_seed(0)
-    config = ModelConfig(ch_g=24, z_dim=24, attention=())
-    G = Generator(config, resolution=128, channels=3, n_classes=4).eval()
-    add_imported("slow", G)
-    return Reference(G)
+    """A model that has work for several samplers, `slow@best`."""
+    return imported("slow", resolution=128, ch=24)
 
 
 @pytest.fixture(scope="session")
