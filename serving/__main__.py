@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -53,6 +55,8 @@ def main() -> None:
     command = parse(Serve)
     root = storage_root(command.endpoint.storage)
     check_exposure(command.host, command.endpoint.no_auth)
+    if not 1 <= command.port <= 65535:
+        raise UserError(f"--port {command.port}: must be 1 to 65535; leave it out for 8000")
     versions = [find_model(reference, root) for reference in _named(command.endpoint)]
     # Serve takes these in when it is imported, and Ray when it is started, if it is started here.
     os.environ.update(ingress.environment(str(command.port)) | os.environ)
@@ -62,11 +66,14 @@ def main() -> None:
 
     connect()
     url = f"http://{command.host}:{command.port}"
-    if serve.status().proxies and not _listens(command.host, command.port):
-        raise UserError(
-            f"Serve runs on this cluster already, and not at {url}: use the address that it was"
-            " started with, or end it with `serve shutdown`"
-        )
+    if serve.status().proxies:
+        if not _listens(command.host, command.port):
+            raise UserError(
+                f"Serve runs on this cluster already, and not at {url}: use the address that it was"
+                " started with, or end it with `serve shutdown`"
+            )
+    elif _taken(command.host, command.port):
+        raise UserError(f"--port {command.port}: something else listens at {url}; give another")
     serve.start(
         http_options={"host": command.host, "port": command.port},
         logging_config={"log_level": "WARNING"},
@@ -102,6 +109,18 @@ def _listens(host: str, port: int) -> bool:
             return session.get(f"http://{own}:{port}/-/healthz", timeout=5).ok
         except requests.RequestException:
             return False
+
+
+def _taken(host: str, port: int) -> bool:
+    """Whether another program has this address of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _wait() -> None:

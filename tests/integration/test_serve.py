@@ -192,6 +192,13 @@ def test_a_model_that_is_not_there_is_said_at_once(digits):
     assert "Traceback" not in done.stderr
 
 
+def test_a_port_that_there_is_not_is_said_at_once(tiny_model):
+    command = [sys.executable, "-m", "serving", "--models", "tiny@best", "--no-auth"]
+    done = subprocess.run([*command, "--port", "99999"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--port 99999: must be 1 to 65535" in done.stderr
+
+
 def test_an_open_endpoint_listens_on_this_machine_alone(tiny_model):
     command = [sys.executable, "-m", "serving", "--models", "tiny", "--no-auth"]
     done = subprocess.run([*command, "--host", "0.0.0.0"], cwd=ROOT, capture_output=True, text=True)
