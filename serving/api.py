@@ -13,13 +13,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, FastAPI, Query, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.door import SECURITY, Door, RequireKey
 from serving.encoding import MEDIA_TYPES, Answer, Made
+from serving.ingress import TURNED_AWAY, gated
 from serving.keys import Keys
-from serving.ledger import Reporter, Served
+from serving.ledger import Reporter, Served, TurnedAway
 from serving.problems import ProblemError, install
 from serving.schemas import (
     MAX_UPLOAD_BODY_BYTES,
@@ -321,8 +323,9 @@ PAGE_HEADERS = {
 class Observe:
     """Tells the ledger of every request to a documented route."""
 
-    def __init__(self, app: ASGIApp, reporter: Reporter) -> None:
-        self.app, self.reporter = app, reporter
+    def __init__(self, app: ASGIApp, reporter: Reporter, gated: bool) -> None:
+        """`gated` requests tell of those that the gate turned away."""
+        self.app, self.reporter, self.gated = app, reporter, gated
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -353,6 +356,8 @@ class Observe:
                         images=noted.get("images", 0),
                     )
                 )
+                if self.gated and (n := int(Headers(scope=scope).get(TURNED_AWAY, 0))):
+                    self.reporter.add(TurnedAway(route.path, n))
 
 
 def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastAPI:
@@ -368,7 +373,7 @@ def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastA
     install(app, dict.fromkeys(UPLOADING, MAX_UPLOAD_BODY_BYTES))
     app.add_middleware(Door, guard=guard)
     app.openapi = lambda: _with_problem(app)  # type: ignore[method-assign]
-    app.add_middleware(Observe, reporter=reporter)
+    app.add_middleware(Observe, reporter=reporter, gated=gated())
     return app
 
 

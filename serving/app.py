@@ -32,7 +32,7 @@ from serving.coalescing import Coalescer
 from serving.config import EndpointConfig
 from serving.door import check_exposure
 from serving.keys import Key, Keys
-from serving.ledger import Batch, Ledger, Reporter, Served
+from serving.ledger import Event, Ledger, Reporter
 from serving.limits import Admission, Refusal
 from serving.loading import MAX_BATCH_IMAGES
 from serving.rendering import Rendering
@@ -158,7 +158,7 @@ class RemoteLedger:
         self._taking: Coalescer[tuple[Key, int], Admission | Refusal] = Coalescer(self._take)
         self._giving: Coalescer[tuple[Key, int], None] = Coalescer(self._give)
 
-    async def record(self, events: list[Served | Batch]) -> None:
+    async def record(self, events: list[Event]) -> None:
         """See `Ledger.record`."""
         await self.handle.record.remote(events)
 

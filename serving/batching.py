@@ -34,6 +34,10 @@ class Maker(Protocol):
     def threads(self) -> int:
         """How many batches may be done at once, each in a thread of its own."""
 
+    @property
+    def room(self) -> int:
+        """The most items in hand, those that are being done and those that wait."""
+
 
 @dataclass(frozen=True)
 class Busy:
@@ -114,10 +118,7 @@ class Batcher(Generic[K, T]):
         request that is cancelled has in no batch yet is not done. Raises what `run` raises for
         these items alone.
         """
-        # What is done, and as much again; of several threads more: their batches end one by one,
-        # and those who had the images of one are not back for the next (`benchmarks/README.md`).
-        room = maker.limit * (3 * maker.threads - 1)
-        if (backlog := self.backlog) and self._doing + backlog + len(items) > room:
+        if (backlog := self.backlog) and self._doing + backlog + len(items) > maker.room:
             return Busy(self.last_seconds)
         request = _Request(maker, items, asyncio.get_running_loop().create_future())
         self._waiting.append(request)

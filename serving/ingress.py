@@ -8,10 +8,16 @@ each setting gives is measured in `benchmarks/README.md`. For a cluster of its o
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 HAPROXY = Path(__file__).with_name("haproxy")
 
+# Between gateways and the gate in HAProxy (`gate.cfg`), which clients do not see.
+FULL = "X-Full"
+"""Of an answer: requests as this one would be turned away for the next moment, too."""
+TURNED_AWAY = "X-Turned-Away"
+"""Of a request: how many such requests were turned away since the last that was let through."""
 
 CALLS = {
     # By gRPC, and without threads of Serve's own, which would wait for each other at Python's lock,
@@ -42,6 +48,11 @@ def environment(place: str = "biggan") -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": files,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{files}/server-state",
     }
+
+
+def gated() -> bool:
+    """Whether requests have come through the gate: else anybody may have written its header."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
 def _binary() -> str | None:

@@ -45,6 +45,15 @@ class Served:
 
 
 @dataclass(frozen=True)
+class TurnedAway:
+    """Requests that did not come as far as a gateway, for there was no room for them."""
+
+    operation: str
+    """The route."""
+    requests: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """One batch of a sampler."""
 
@@ -52,6 +61,9 @@ class Batch:
     images: int
     backlog: int
     """Images that were left waiting."""
+
+
+Event = Served | TurnedAway | Batch
 
 
 class Ledger:
@@ -91,20 +103,25 @@ class Ledger:
             lambda: deque(maxlen=REMEMBERED)
         )
 
-    async def record(self, events: Sequence[Served | Batch]) -> None:
+    async def record(self, events: Sequence[Event]) -> None:
         """Count what a gateway or a sampler saw."""
         for event in events:
             if isinstance(event, Batch):
                 self.backlog.labels(event.replica).set(event.backlog)
                 self.batches.observe(event.images)
-                continue
-            labels = (event.operation, event.key, event.model, str(event.status))
-            self.requests.labels(*labels).inc()
-            self.seconds.labels(event.operation, event.model).observe(event.seconds)
-            if event.images:
-                self.images.labels(event.key, event.model).inc(event.images)
-            if event.model:
-                self._newest[event.model].append((event.seconds, event.status < 500))
+            elif isinstance(event, TurnedAway):
+                self.requests.labels(event.operation, "", "", "503").inc(event.requests)
+            else:
+                self._serve(event)
+
+    def _serve(self, request: Served) -> None:
+        labels = (request.operation, request.key, request.model, str(request.status))
+        self.requests.labels(*labels).inc()
+        self.seconds.labels(request.operation, request.model).observe(request.seconds)
+        if request.images:
+            self.images.labels(request.key, request.model).inc(request.images)
+        if request.model:
+            self._newest[request.model].append((request.seconds, request.status < 500))
 
     async def take(self, key: Key, images: int) -> Admission | Refusal:
         """Count images to be made with a key, or refuse them."""
@@ -142,13 +159,13 @@ def _observed(newest: list[tuple[float, bool]]) -> Observed:
 class Reporter:
     """Sends events to a ledger once a second; what cannot be sent is kept for the next time."""
 
-    def __init__(self, send: Callable[[list[Served | Batch]], Awaitable[None]]) -> None:
+    def __init__(self, send: Callable[[list[Event]], Awaitable[None]]) -> None:
         """`send` is `Ledger.record`, here or behind a handle."""
         self.send = send
-        self._events: list[Served | Batch] = []
+        self._events: list[Event] = []
         self._task: asyncio.Task[None] | None = None
 
-    def add(self, event: Served | Batch) -> None:
+    def add(self, event: Event) -> None:
         """Note an event; there must be a running loop."""
         self._events.append(event)
         if self._task is None or self._task.done():

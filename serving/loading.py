@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,16 +35,19 @@ class Pace:
 
     cost: float = BATCH_SECONDS
     """Seconds that an image takes, in a batch of as many as there should be."""
+    share: float = 1.0
+    """The part of its time that a batch has a core for: others take it too."""
 
     @property
     def limit(self) -> int:
         """Images of the largest batch."""
         return min(MAX_BATCH_IMAGES, max(1, int(BATCH_SECONDS / self.cost)))
 
-    def note(self, images: int, seconds: float) -> None:
+    def note(self, images: int, seconds: float, share: float = 1.0) -> None:
         """Learn from a batch that is half full at least; a little, for some are slow by chance."""
         if 2 * images >= self.limit:
             self.cost *= (max(seconds, 1e-9) / images / self.cost) ** 0.1
+            self.share *= (share / self.share) ** 0.1
 
 
 class Loaded:
@@ -64,14 +68,25 @@ class Loaded:
         """Images of the largest batch that the pace allows, padding included."""
         return self.renderer.fits(self.pace.limit)
 
+    @property
+    def room(self) -> int:
+        """Images in hand for which clients wait no longer than for two batches or so.
+
+        A batch of each thread, and as much again; of several threads more: their batches end one by
+        one, and those who had the images of one are not back for the next. Where others take the
+        cores batches take longer, so that fewer are to wait (`benchmarks/README.md`).
+        """
+        waiting = (2 * self.threads - 1) * self.pace.share
+        return math.ceil(self.limit * (self.threads + waiting))
+
     def make(self, recipes: Sequence[Recipe], threads: int = 1) -> tuple[np.ndarray, float]:
         """The images of a batch, and the seconds that it took; the pace is learned from them."""
         torch.set_num_threads(threads)  # Of the calling thread.
-        began = self._clock()
+        began, clock = time.perf_counter(), self._clock()
         images = synthesize(self.G, recipes, self.directions, self.renderer)
-        seconds = self._clock() - began
+        seconds = self._clock() - clock
         if threads == 1:  # The pace is that of a thread.
-            self.pace.note(len(recipes), seconds)
+            self.pace.note(len(recipes), seconds, seconds / (time.perf_counter() - began))
         return images, seconds
 
     def least_seconds(self, recipes: Sequence[Recipe]) -> float:

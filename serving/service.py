@@ -32,6 +32,7 @@ from serving.encoding import (
     picture_file,
     single_files,
 )
+from serving.ingress import FULL
 from serving.keys import Key
 from serving.limits import Admission, Refusal
 from serving.problems import ProblemError
@@ -307,7 +308,7 @@ class Service:
     async def _make(self, key: Key | None, model: Model, wanted: list[Recipe]) -> Made:
         _check(key, model)
         if busy := self.painter.full(model.reference, len(wanted)):  # Nothing to count, then.
-            raise too_busy(busy.seconds)
+            raise too_busy(busy.seconds, gate=True)
         async with self._admitted(key, len(wanted)):
             images = await self.painter.synthesize(model.reference, wanted)
             if isinstance(images, Busy):
@@ -336,10 +337,12 @@ def _check(key: Key | None, model: Model) -> None:
         key.check_model(model.name)
 
 
-def too_busy(seconds: float = 0.0) -> ProblemError:
-    """What a client is told whose request finds no room."""
-    wait = {"Retry-After": str(max(1, math.ceil(seconds)))}
-    return ProblemError(503, "the endpoint has too much to do", headers=wait)
+def too_busy(seconds: float = 0.0, gate: bool = False) -> ProblemError:
+    """What a client is told whose request finds no room, and others need not ask, with `gate`."""
+    headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
+    if gate:
+        headers[FULL] = "1"
+    return ProblemError(503, "the endpoint has too much to do", headers=headers)
 
 
 def _entry(

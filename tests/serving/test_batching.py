@@ -14,6 +14,7 @@ class Model:
 
     def __init__(self, name="a", limit=4, threads=1):
         self.name, self.limit, self.threads = name, limit, threads
+        self.room = limit * (3 * threads - 1)
         self.batches, self.used, self.let = [], [], threading.Semaphore(0)
 
     def make(self, items, threads):
