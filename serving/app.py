@@ -271,6 +271,7 @@ def build(config: EndpointConfig) -> serve.Application:
             config, config.min_replicas, config.max_replicas, policy=BY_WORK
         ),
         max_surge_percent=surge,
+        user_config=config.model_dump(mode="json", include={"models", "canary", "max_models"}),
         ray_actor_options={
             "num_cpus": config.cpus_per_replica,
             "num_gpus": config.gpus_per_replica,

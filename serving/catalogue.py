@@ -138,6 +138,19 @@ class Catalogue:
         at = rng(seed, Stream.CANARY).random()
         return list(shares)[int(np.searchsorted(weights.cumsum() / weights.sum(), at, "right"))]
 
+    async def current(self) -> list[str]:
+        """NAME@VERSION of what requests get that name no version, the default model's first.
+
+        What is not there, or damaged, is left out: who asks for it is told.
+        """
+        found: list[str] = []
+        for reference in (f"{name}@{alias}" for name in self.names for alias in self.shares[name]):
+            try:
+                found.append((await self.find(reference)).reference)
+            except (ProblemError, UserError):
+                logger.exception("%s cannot be served", reference)
+        return list(dict.fromkeys(found))
+
     async def find(self, reference: str | None, seed: int = 0) -> Model:
         """The version that a request gets; raises `ProblemError` 404 if there is none."""
         chosen = self.choose(reference, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,19 @@ from ray.serve.handle import DeploymentHandle
 
 from biggan.cluster import own_device
 from biggan.directions import Directions
+from biggan.errors import UserError
 from biggan.interpolation import walk
 from biggan.memory import keep_freed_memory
 from biggan.parallel import CPU
 from biggan.recipe import Recipe
 from biggan.synthesis import embeddings
 from serving.batching import Batcher, Busy
+from serving.catalogue import Catalogue
 from serving.ledger import Batch, Reporter
 from serving.loading import Loaded, load_model
 from serving.rendering import DEFAULT, Rendering
+
+logger = logging.getLogger("ray.serve")
 
 
 class Sampler:
@@ -62,6 +67,18 @@ class Sampler:
         if version not in self._models:
             self._models[version] = await self._load(version, CPU)
         return self._models[version]
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Load what most requests will want; Serve calls this before it sends the first.
+
+        `config` has `models`, `canary` and `max_models` as an `EndpointConfig` has them.
+        """
+        catalogue = Catalogue(config["models"], config["canary"], self.storage, self.model)
+        for version in reversed((await catalogue.current())[: config["max_models"]]):
+            try:
+                await self.model(version)
+            except UserError:
+                logger.exception("%s is not loaded", version)
 
     async def _load(self, version: str, device: torch.device) -> Loaded:
         # In a thread that ends: as long as it lives OpenMP keeps workers for it, and lets those of

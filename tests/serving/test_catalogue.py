@@ -10,8 +10,10 @@ from local_endpoint import random_generator
 
 from biggan.directions import NAMES, write_names
 from biggan.models import CARD, WEIGHTS, WEIGHTS_SHA256, ModelStore, load_card
+from biggan.storage import storage_root
 from serving import catalogue as catalogue_module
 from serving.catalogue import Catalogue
+from serving.sampler import Sampler
 
 NAMES_OF_MODELS = (f"changing{i}" for i in itertools.count())
 
@@ -110,3 +112,38 @@ def test_an_alias_is_followed_as_it_moves(folder, catalogue):
         await ask_until(lambda: catalogue.find(None), lambda model: model.card.version == newer)
 
     asyncio.run(move())
+
+
+def test_what_is_served_by_default_is_loaded_first_of_all(folder, grey):
+    name = folder.parent.name
+    ModelStore(name).set_alias("candidate", "v1")
+    config = {
+        "models": [name, "missing", "grey@best"],
+        "canary": {f"{name}@candidate": 5, f"{name}@other": 5},
+        "max_models": 1,
+    }
+
+    async def load():
+        sampler = Sampler(storage_root())
+        await sampler.reconfigure(config)
+        first = list(sampler._models)
+        await sampler.reconfigure(config | {"max_models": 3})
+        return first, list(sampler._models)
+
+    first, all_of_them = asyncio.run(load())
+    assert first == [f"{name}@v1"]
+    assert all_of_them == [f"{name}@v1", "grey@v1"]
+
+
+def test_a_damaged_model_is_in_no_other_models_way(folder, grey, caplog):
+    folder.delete_file(WEIGHTS)
+
+    async def load():
+        sampler = Sampler(storage_root())
+        await sampler.reconfigure(
+            {"models": [folder.parent.name, "grey"], "canary": {}, "max_models": 3}
+        )
+        return list(sampler._models)
+
+    assert asyncio.run(load()) == ["grey@v1"]
+    assert f"{folder.parent.name}@v1 is not loaded" in caplog.text
