@@ -46,7 +46,7 @@ from serving.schemas import (
     VerifyAnswer,
     VerifyRequest,
 )
-from serving.service import Service
+from serving.service import Caller, Service
 
 logger = logging.getLogger("ray.serve")
 
@@ -222,17 +222,17 @@ class Api:
         self, http: Request, request: Annotated[GenerateRequest, Body()]
     ) -> Response:
         """Images of a class, or of a mixture of classes."""
-        return _file(http, *await self.service.generate(http.state.key, request))
+        return _file(http, *await self.service.generate(_caller(http), request))
 
     async def interpolate(
         self, http: Request, request: Annotated[InterpolateRequest, Body()]
     ) -> Response:
         """The way from image to image, as frames or as an animation that loops without a jump."""
-        return _file(http, *await self.service.interpolate(http.state.key, request))
+        return _file(http, *await self.service.interpolate(_caller(http), request))
 
     async def edit(self, http: Request, request: Annotated[EditRequest, Body()]) -> Response:
         """An image changed along directions of the model, and towards a class."""
-        return _file(http, *await self.service.edit(http.state.key, request))
+        return _file(http, *await self.service.edit(_caller(http), request))
 
     async def invert(self, http: Request, request: Annotated[InvertRequest, Body()]) -> Response:
         """The latent of an image: to be edited, and to be a stop of an interpolation."""
@@ -246,7 +246,7 @@ class Api:
         return await self._search(http, request)
 
     async def _search(self, http: Request, request: InvertRequest | UpscaleRequest) -> Response:
-        news = self.service.search(http.state.key, request)
+        news = self.service.search(_caller(http), request)
         first = await anext(news)  # What is wrong with the request is told as an error, not event.
         if request.stream:
             return StreamingResponse(
@@ -264,7 +264,7 @@ class Api:
         self, http: Request, request: Annotated[ImagesRequest, Body()]
     ) -> ImagesResponse:
         """The widely used images API: the prompt is a class name, or the nearest to it."""
-        made, answer = await self.service.images(http.state.key, request)
+        made, answer = await self.service.images(_caller(http), request)
         _note(http, made)
         return answer
 
@@ -272,7 +272,7 @@ class Api:
         self, http: Request, request: Annotated[VerifyRequest, Body()]
     ) -> VerifyAnswer:
         """Whether an image came from the models that are served: made again, and compared."""
-        return await self.service.verify(http.state.key, request)
+        return await self.service.verify(_caller(http), request)
 
     async def models(self) -> ModelsAnswer:
         """The models that are served, every version of them."""
@@ -333,6 +333,9 @@ class Observe:
             await self.app(scope, receive, send)
             return
         status, began = 500, time.perf_counter()
+        noted = scope.setdefault("state", {})
+        if self.gated:
+            noted["turned_away"] = int(Headers(scope=scope).get(TURNED_AWAY, 0))
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -345,7 +348,6 @@ class Observe:
         finally:
             route = scope.get("route")
             if isinstance(route, APIRoute) and route.include_in_schema:
-                noted = scope.get("state", {})
                 self.reporter.add(
                     Served(
                         operation=route.path,
@@ -356,8 +358,8 @@ class Observe:
                         images=noted.get("images", 0),
                     )
                 )
-                if self.gated and (n := int(Headers(scope=scope).get(TURNED_AWAY, 0))):
-                    self.reporter.add(TurnedAway(route.path, n))
+                if others := noted.get("turned_away"):
+                    self.reporter.add(TurnedAway(route.path, others))
 
 
 def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastAPI:
@@ -415,6 +417,10 @@ def _event(name: str, content: BaseModel) -> bytes:
 
 def _note_found(http: Request, answer: FoundAnswer) -> None:
     http.state.model, http.state.images = answer.model, len(answer.candidates)
+
+
+def _caller(http: Request) -> Caller:
+    return Caller(http.state.key, getattr(http.state, "turned_away", 0))
 
 
 def _note(http: Request, made: Made) -> None:

@@ -61,9 +61,9 @@ class RemoteSampler:
         self.handle = handle
         self._versions: dict[str, _Version] = {}
 
-    def full(self, version: str, images: int) -> Busy | None:
+    def full(self, version: str, images: int, others: int) -> Busy | None:
         """That samplers have no room for so many images, as a call to them would only repeat."""
-        return self._of(version).window.full(images)
+        return self._of(version).window.full(images, others)
 
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """See `Sampler.synthesize`."""

@@ -91,7 +91,7 @@ class Sampler:
         finally:
             thread.shutdown(wait=False)
 
-    def full(self, version: str, images: int) -> Busy | None:  # noqa: ARG002
+    def full(self, version: str, images: int, others: int) -> Busy | None:  # noqa: ARG002
         """Nothing: whether there is room shows when `synthesize` is asked."""
         return None
 

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -68,8 +69,11 @@ NOTHING_OBSERVED = Observed(requests=0, error_rate=0.0, p50_ms=None, p95_ms=None
 class Painter(Protocol):
     """Who makes images: `serving.sampler.Sampler`, here or behind a handle."""
 
-    def full(self, version: str, images: int) -> Busy | None:
-        """That there is no room for so many images, where that is known without asking."""
+    def full(self, version: str, images: int, others: int) -> Busy | None:
+        """That there is no room for so many images, where that is known without asking.
+
+        `others` were wanted too, and turned away before they came here.
+        """
 
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         """The images of recipes, or that there is no room for them."""
@@ -84,6 +88,16 @@ class Painter(Protocol):
 
     async def directions(self, version: str) -> Directions:
         """The directions of a model."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, and for how many who could not."""
+
+    key: Key | None
+    """None where everybody is let in."""
+    turned_away: int = 0
+    """Requests like this one that the gate in HAProxy turned away since the one before."""
 
 
 class Seeker(Protocol):
@@ -121,19 +135,17 @@ class Service:
         self.decoder = Decoder()
         self._ready = ""
 
-    async def generate(self, key: Key | None, request: GenerateRequest) -> tuple[Made, Answer]:
+    async def generate(self, caller: Caller, request: GenerateRequest) -> tuple[Made, Answer]:
         """Images of a class."""
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         model = await self.catalogue.find(request.model, seed)
-        made = await self._make(key, model, recipes.generated(request, seed, model))
+        made = await self._make(caller, model, recipes.generated(request, seed, model))
         answer = await asyncio.to_thread(
             encode, made, request.format, request.layout, request.columns
         )
         return made, answer
 
-    async def interpolate(
-        self, key: Key | None, request: InterpolateRequest
-    ) -> tuple[Made, Answer]:
+    async def interpolate(self, caller: Caller, request: InterpolateRequest) -> tuple[Made, Answer]:
         """The way from image to image."""
         legs = len(request.stops) - (0 if request.loop else 1)
         if legs * request.frames + (0 if request.loop else 1) > MAX_FRAMES:
@@ -145,7 +157,7 @@ class Service:
             recipes.refuse("scale", request.scale, limit)
         stops = recipes.stops(request.stops, request.truncation, model)
         frames = await self.painter.walk(model.reference, stops, request.frames, request.loop)
-        made = await self._make(key, model, frames)
+        made = await self._make(caller, model, frames)
         answer = await asyncio.to_thread(
             encode_motion,
             made,
@@ -156,20 +168,20 @@ class Service:
         )
         return made, answer
 
-    async def edit(self, key: Key | None, request: EditRequest) -> tuple[Made, Answer]:
+    async def edit(self, caller: Caller, request: EditRequest) -> tuple[Made, Answer]:
         """An image changed along directions, and towards a class."""
         model = await self.catalogue.find(request.model, request.image.seed or 0)
         towards = None
         if request.morph and request.image.y is not None:
             classes = recipes.morph_classes(request, model)
             towards = await self.painter.embedding(model.reference, classes)
-        made = await self._make(key, model, recipes.edited(request, model, towards))
+        made = await self._make(caller, model, recipes.edited(request, model, towards))
         columns = request.columns or request.steps
         answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
         return made, answer
 
     async def search(
-        self, key: Key | None, request: InvertRequest | UpscaleRequest
+        self, caller: Caller, request: InvertRequest | UpscaleRequest
     ) -> AsyncGenerator[Step | FoundAnswer, None]:
         """The latent of an image, or images whose small picture it is; progress, then the answer.
 
@@ -177,7 +189,7 @@ class Service:
         """
         began = time.monotonic()
         model = await self.catalogue.find(request.model, request.seed)
-        _check(key, model)
+        _check(caller.key, model)
         wanted = None if request.class_ is None else recipes.mixture("class", request.class_, model)
         image, factor = await self._upload(request, model)
         task = Task(
@@ -190,7 +202,7 @@ class Service:
             until=time.time() + request.deadline - (time.monotonic() - began),
         )
         async with (
-            self._admitted(key, request.candidates),
+            self._admitted(caller.key, request.candidates),
             aclosing(self.seeker.search(task)) as news,
         ):
             async for item in news:
@@ -218,7 +230,7 @@ class Service:
             image = await self.decoder.decode(data, mode=mode, side=side // factor)
         return image, factor
 
-    async def verify(self, key: Key | None, request: VerifyRequest) -> VerifyAnswer:
+    async def verify(self, caller: Caller, request: VerifyRequest) -> VerifyAnswer:
         """Whether an image came from the models that are served."""
         data = decode_base64(request.image, "image")
         # Even of a file with no origin it is looked whether it is an image at all.
@@ -241,14 +253,14 @@ class Service:
         verdict = await self.decoder.compare(origin, data, nothing)
         if verdict is None:
             try:
-                made = await self._make(key, model, list(origin.recipes))
+                made = await self._make(caller, model, list(origin.recipes))
             except UserError as error:  # Whoever wrote the file could write anything.
                 return _verdict(altered(origin, f"that model cannot have made it: {error}"))
             verdict = await self.decoder.compare(origin, data, made.images)
         assert verdict
         return _verdict(verdict)
 
-    async def images(self, key: Key | None, request: ImagesRequest) -> tuple[Made, ImagesResponse]:
+    async def images(self, caller: Caller, request: ImagesRequest) -> tuple[Made, ImagesResponse]:
         """What the widely used images API asks for."""
         size = _size(request)
         seed = secrets.randbelow(2**31)
@@ -256,7 +268,7 @@ class Service:
         wanted = nearest_class(request.prompt, model)
         n = request.n or 1
         made = await self._make(
-            key, model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
+            caller, model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
         )
         return made, await asyncio.to_thread(_images_response, made, request, size)
 
@@ -305,11 +317,12 @@ class Service:
             ],
         )
 
-    async def _make(self, key: Key | None, model: Model, wanted: list[Recipe]) -> Made:
-        _check(key, model)
-        if busy := self.painter.full(model.reference, len(wanted)):  # Nothing to count, then.
-            raise too_busy(busy.seconds, gate=True)
-        async with self._admitted(key, len(wanted)):
+    async def _make(self, caller: Caller, model: Model, wanted: list[Recipe]) -> Made:
+        _check(caller.key, model)
+        others = caller.turned_away * len(wanted)
+        if busy := self.painter.full(model.reference, len(wanted), others):
+            raise too_busy(busy.seconds, gate=True)  # Nothing to count, then.
+        async with self._admitted(caller.key, len(wanted)):
             images = await self.painter.synthesize(model.reference, wanted)
             if isinstance(images, Busy):
                 raise too_busy(images.seconds)

@@ -37,17 +37,18 @@ class Window:
         """Whether something was turned away of late."""
         return time.monotonic() - self._crowded < CROWDED_SECONDS
 
-    def full(self, images: int) -> Busy | None:
+    def full(self, images: int, others: int = 0) -> Busy | None:
         """That there is no room for so many images, if so; samplers are told of them.
 
-        A request is turned away for what is asked already, whatever its own size: if samplers have
-        no room for as many, they say so themselves.
+        And of `others`, which were turned away before. A request is turned away for what is asked
+        already, whatever its own size: if samplers have no room for as many, they say so
+        themselves.
         """
-        if self.asked + 1 <= self.limit:
-            return None
-        self.turned_away += images
-        self._crowded = time.monotonic()
-        return self._busy
+        full = self.asked + 1 > self.limit
+        if turned_away := others + (images if full else 0):
+            self.turned_away += turned_away
+            self._crowded = time.monotonic()
+        return self._busy if full else None
 
     async def ask(self, images: int, call: Callable[[], Awaitable[Answer]]) -> Answer:
         """What `call` gives for so many images, or that there is no room for them."""

@@ -16,6 +16,7 @@ import biggan
 from biggan.client import EndpointError
 from biggan.pixels import sheet
 from serving.batching import Busy
+from serving.ingress import TURNED_AWAY
 from serving.keys import Keys, KeyStore, Limits
 
 PROBLEM = "application/problem+json"
@@ -78,7 +79,7 @@ def test_whom_a_full_endpoint_turns_away_has_nothing_counted(storage, grey):
     service = new_service(["grey"])
     asked = []
     service.counts.take = lambda *wanted: asked.append(wanted)
-    service.painter.full = lambda version, images: Busy(1.5) if images == 3 else None
+    service.painter.full = lambda _version, images, _others: Busy(1.5) if images == 3 else None
     with served(service, Keys()) as url:
         body, headers = {"class": 3, "n": 3}, {"X-API-Key": secret}
         answer = requests.post(f"{url}/v1/generate", json=body, headers=headers, timeout=60)
@@ -129,6 +130,21 @@ def test_metrics_tell_keys_and_models_apart(closed, secrets):
     ]
     assert float(images.split()[-1]) >= 5
     assert secrets["alice"] not in text
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_metrics_count_whom_the_gate_turned_away_if_there_is_one(grey, monkeypatch, gated):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", str(int(gated)))
+    wanted = 'biggan_requests_total{key="",model="",operation="/v1/generate",status="503"} 7.0'
+    with served(new_service(["grey"])) as url:
+        for others in (4, 3, 0):
+            headers = {TURNED_AWAY: str(others)}
+            answer = requests.post(
+                f"{url}/v1/generate", json={"class": 3}, headers=headers, timeout=60
+            )
+            assert answer.status_code == 200
+        time.sleep(2)  # Events are sent once a second.
+        assert (wanted in requests.get(f"{url}/metrics", timeout=60).text) == gated
 
 
 def test_an_open_endpoint_is_open_to_this_machine_alone(grey):

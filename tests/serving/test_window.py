@@ -72,6 +72,15 @@ def test_who_asks_whether_it_is_full_is_counted_as_turned_away():
         assert window.crowded
 
 
+def test_those_count_too_who_could_not_ask():
+    @run
+    async def _test():
+        window = Window()
+        assert window.full(1, others=40) is None  # There is room again.
+        assert window.turned_away == 40
+        assert window.crowded
+
+
 def test_it_grows_to_what_there_is_room_for():
     @run
     async def _test():
