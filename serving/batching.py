@@ -19,6 +19,11 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+MAX_EXCESS = 10.0
+"""Of images turned away for one that is made; more is taken for this, to be forgotten soon."""
+MEMORY = 0.97
+"""What an image leaves of those before it."""
+
 K = TypeVar("K", bound="Maker")
 T = TypeVar("T")
 
@@ -45,6 +50,23 @@ class Busy:
 
     seconds: float
     """After which there should be room."""
+    many: bool = False
+    """Whether more is turned away than is made, so that nothing is lost with what comes next."""
+
+
+@dataclass
+class Demand:
+    """How many images are turned away for each that is made: a mean of some thirty."""
+
+    excess: float = 0.0
+
+    def turn_away(self, images: int) -> None:
+        """Note images that were asked for in vain."""
+        self.excess = min(MAX_EXCESS, self.excess + (1 - MEMORY) * images)
+
+    def make(self, images: int) -> None:
+        """Note images that were made."""
+        self.excess *= MEMORY**images
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from biggan.models import load_generator
 from biggan.networks import Generator
 from biggan.recipe import Recipe
 from biggan.synthesis import synthesize
+from serving.batching import Demand
 from serving.rendering import Renderer, Rendering
 from serving.schemas import MAX_IMAGES
 
@@ -35,19 +36,16 @@ class Pace:
 
     cost: float = BATCH_SECONDS
     """Seconds that an image takes, in a batch of as many as there should be."""
-    share: float = 1.0
-    """The part of its time that a batch has a core for: others take it too."""
 
     @property
     def limit(self) -> int:
         """Images of the largest batch."""
         return min(MAX_BATCH_IMAGES, max(1, int(BATCH_SECONDS / self.cost)))
 
-    def note(self, images: int, seconds: float, share: float = 1.0) -> None:
+    def note(self, images: int, seconds: float) -> None:
         """Learn from a batch that is half full at least; a little, for some are slow by chance."""
         if 2 * images >= self.limit:
             self.cost *= (max(seconds, 1e-9) / images / self.cost) ** 0.1
-            self.share *= (share / self.share) ** 0.1
 
 
 class Loaded:
@@ -56,7 +54,7 @@ class Loaded:
     def __init__(self, G: Generator, directions: Directions, renderer: Renderer) -> None:
         """`renderer` computes images of `G`, which `directions` change."""
         self.G, self.directions, self.renderer = G, directions, renderer
-        self.pace = Pace()
+        self.pace, self.demand = Pace(), Demand()
         self._clock = time.thread_time if G.device.type == "cpu" else time.perf_counter
         self.threads = 1
         """Batches that are done at once, each in a thread of its own: threads that share a layer
@@ -70,23 +68,23 @@ class Loaded:
 
     @property
     def room(self) -> int:
-        """Images in hand for which clients wait no longer than for two batches or so.
+        """The most images in hand: a batch of each thread, and those that wait.
 
-        A batch of each thread, and as much again; of several threads more: their batches end one by
-        one, and those who had the images of one are not back for the next. Where others take the
-        cores batches take longer, so that fewer are to wait (`benchmarks/README.md`).
+        These are another batch; of several threads more: their batches end one by one, and those
+        who had the images of one are not back for the next. But where many are turned away there is
+        always somebody, so that nobody need wait for long (`benchmarks/README.md`).
         """
-        waiting = (2 * self.threads - 1) * self.pace.share
+        waiting = max(0.5, (2 * self.threads - 1) / (1 + self.demand.excess))
         return math.ceil(self.limit * (self.threads + waiting))
 
     def make(self, recipes: Sequence[Recipe], threads: int = 1) -> tuple[np.ndarray, float]:
         """The images of a batch, and the seconds that it took; the pace is learned from them."""
         torch.set_num_threads(threads)  # Of the calling thread.
-        began, clock = time.perf_counter(), self._clock()
+        began = self._clock()
         images = synthesize(self.G, recipes, self.directions, self.renderer)
-        seconds = self._clock() - clock
+        seconds = self._clock() - began
         if threads == 1:  # The pace is that of a thread.
-            self.pace.note(len(recipes), seconds, seconds / (time.perf_counter() - began))
+            self.pace.note(len(recipes), seconds)
         return images, seconds
 
     def least_seconds(self, recipes: Sequence[Recipe]) -> float:

@@ -56,11 +56,13 @@ class Sampler:
     def _note(self, model: Loaded, images: int, backlog: int, seconds: float) -> None:
         # A batch that is half full is half the work: as many again would take little longer.
         self._work += min(1.0, images / model.limit) * seconds / model.threads
+        model.demand.make(images)
         if self.reporter:
             self.reporter.add(Batch(self.name, images, backlog))
 
     def _turned_away(self, model: Loaded, images: int) -> None:
         self._work += self._batcher.last_seconds * images / (model.limit * model.threads)
+        model.demand.turn_away(images)
 
     async def model(self, version: str) -> Loaded:
         """A model NAME@VERSION, loaded when first asked for."""

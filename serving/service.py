@@ -321,7 +321,7 @@ class Service:
         _check(caller.key, model)
         others = caller.turned_away * len(wanted)
         if busy := self.painter.full(model.reference, len(wanted), others):
-            raise too_busy(busy.seconds, gate=True)  # Nothing to count, then.
+            raise too_busy(busy.seconds, busy.many)  # Nothing to count, then.
         async with self._admitted(caller.key, len(wanted)):
             images = await self.painter.synthesize(model.reference, wanted)
             if isinstance(images, Busy):
@@ -350,10 +350,10 @@ def _check(key: Key | None, model: Model) -> None:
         key.check_model(model.name)
 
 
-def too_busy(seconds: float = 0.0, gate: bool = False) -> ProblemError:
-    """What a client is told whose request finds no room, and others need not ask, with `gate`."""
+def too_busy(seconds: float = 0.0, many: bool = False) -> ProblemError:
+    """What a client is told whose request finds no room; the gate is, that there are `many`."""
     headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
-    if gate:
+    if many:
         headers[FULL] = "1"
     return ProblemError(503, "the endpoint has too much to do", headers=headers)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import numpy as np
 
-from serving.batching import Busy
+from serving.batching import Busy, Demand
 
 Answer = np.ndarray | Busy
 
@@ -29,6 +30,7 @@ class Window:
         self.asked = 0
         self.turned_away = 0
         """Images that were not asked for, for samplers to be told, of which more may be needed."""
+        self.demand = Demand()
         self._busy = Busy(0.0)
         self._crowded = -math.inf
 
@@ -47,8 +49,9 @@ class Window:
         full = self.asked + 1 > self.limit
         if turned_away := others + (images if full else 0):
             self.turned_away += turned_away
+            self.demand.turn_away(turned_away)
             self._crowded = time.monotonic()
-        return self._busy if full else None
+        return replace(self._busy, many=self.demand.excess > 1) if full else None
 
     async def ask(self, images: int, call: Callable[[], Awaitable[Answer]]) -> Answer:
         """What `call` gives for so many images, or that there is no room for them."""
@@ -61,10 +64,13 @@ class Window:
         finally:
             self.asked -= images
         if isinstance(answer, Busy):
+            self.demand.turn_away(images)
             # Not of what is asked now: the answer comes together with images of the same call.
             # Nor is it known how many fewer images of a large request there would be room for.
             self._crowded = time.monotonic()
             self.limit, self._busy = min(self.limit, max(before, images)), answer
-        elif 2 * (self.asked + images) > self.limit:  # Of use, at least in half.
+            return answer
+        self.demand.make(images)
+        if 2 * (self.asked + images) > self.limit:  # Of use, at least in half.
             self.limit += images / self.limit  # By one in the time that takes to make them all.
         return answer

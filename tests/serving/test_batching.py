@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from serving.batching import Batcher, Busy
+from serving.batching import MAX_EXCESS, Batcher, Busy, Demand
 
 
 class Model:
@@ -149,3 +149,16 @@ def test_what_nobody_waits_for_any_more_is_not_made():
         model.let.release(5)
         assert len(await batcher.submit(model, [4])) == 1
         assert model.batches == [[0], [1, 2], [4]]
+
+
+def test_demand_is_what_is_turned_away_for_an_image_that_is_made():
+    demand = Demand()
+    for _ in range(100):
+        demand.turn_away(24)
+        demand.make(8)
+    assert demand.excess == pytest.approx(3, rel=0.25)
+    for _ in range(100):
+        demand.make(1)
+    assert demand.excess < 0.2
+    demand.turn_away(10**6)
+    assert demand.excess == MAX_EXCESS

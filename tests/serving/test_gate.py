@@ -101,7 +101,7 @@ def ask(url, path="/v1/generate", **body):
 
 
 def fill(gateway, **headers):
-    refusal = too_busy(2.5, gate=True)
+    refusal = too_busy(2.5, many=True)
     gateway.status, gateway.headers = refusal.status, refusal.headers | headers
 
 

@@ -4,6 +4,7 @@ import pytest
 from local_endpoint import random_generator
 
 from biggan.directions import find_directions
+from serving.batching import MAX_EXCESS
 from serving.loading import BATCH_SECONDS, MAX_BATCH_IMAGES, Loaded, Pace
 from serving.rendering import DEFAULT, Renderer
 
@@ -39,16 +40,14 @@ def test_they_have_bounds():
     assert (slow.limit, fast.limit) == (1, MAX_BATCH_IMAGES)
 
 
-def test_fewer_are_to_wait_where_others_take_the_cores():
+def test_fewer_wait_where_many_are_turned_away():
     G = random_generator(0)
     loaded = Loaded(G, find_directions(G), Renderer(G, DEFAULT))
     loaded.pace = Pace(cost=BATCH_SECONDS / 10.5)
     assert loaded.room == 20  # A batch that is done, and another.
     loaded.threads = 2
     assert loaded.room == 50
-    for _ in range(100):  # Half of the time.
-        loaded.pace.note(10, BATCH_SECONDS / 1.05, share=0.5)
-    assert loaded.room == pytest.approx(10 * 2 + 15, abs=1)
-    for _ in range(100):  # An image alone says nothing of it.
-        loaded.pace.note(1, BATCH_SECONDS, share=1.0)
-    assert loaded.room == pytest.approx(10 * 2 + 15, abs=1)
+    loaded.demand.excess = 1.0
+    assert loaded.room == 10 * 2 + 15
+    loaded.demand.excess = MAX_EXCESS
+    assert loaded.room == 10 * 2 + 5

@@ -72,6 +72,24 @@ def test_who_asks_whether_it_is_full_is_counted_as_turned_away():
         assert window.crowded
 
 
+def test_that_more_is_turned_away_than_made_is_told():
+    @run
+    async def _test():
+        window, samplers = Window(), Samplers(room=8)
+
+        async def many(requests):
+            for _ in range(50):
+                await ask_at_once(window, samplers, requests * [1])
+            window.asked = 9
+            answer = window.full(1)
+            window.asked = 0
+            return answer.many
+
+        assert not await many(10)  # A fifth of them.
+        assert await many(30)
+        assert not await many(10)
+
+
 def test_those_count_too_who_could_not_ask():
     @run
     async def _test():
