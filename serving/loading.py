@@ -71,10 +71,10 @@ class Loaded:
         """The most images in hand: a batch of each thread, and those that wait.
 
         These are another batch; of several threads more: their batches end one by one, and those
-        who had the images of one are not back for the next. But where many are turned away there is
-        always somebody, so that nobody need wait for long (`benchmarks/README.md`).
+        who had the images of one are not back for the next. But where more is turned away than made
+        there is always somebody, so that nobody need wait for long (`benchmarks/README.md`).
         """
-        waiting = max(0.5, (2 * self.threads - 1) / (1 + self.demand.excess))
+        waiting = max(0.5, (2 * self.threads - 1) / max(1.0, self.demand.excess))
         return math.ceil(self.limit * (self.threads + waiting))
 
     def make(self, recipes: Sequence[Recipe], threads: int = 1) -> tuple[np.ndarray, float]:

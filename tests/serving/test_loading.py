@@ -48,6 +48,8 @@ def test_fewer_wait_where_many_are_turned_away():
     loaded.threads = 2
     assert loaded.room == 50
     loaded.demand.excess = 1.0
+    assert loaded.room == 50
+    loaded.demand.excess = 2.0
     assert loaded.room == 10 * 2 + 15
     loaded.demand.excess = MAX_EXCESS
     assert loaded.room == 10 * 2 + 5
