@@ -5,7 +5,9 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -168,3 +170,16 @@ def test_it_tells_how_many_it_turned_away(gateway, tmp_path):
             )
         requests.get(f"{url}/v1/models", headers={TURNED_AWAY: "9"}, timeout=10)
         assert [told.get(TURNED_AWAY) for told in gateway.told] == ["5", "0", "0", None]
+
+
+def test_a_body_may_come_slowly(gateway, tmp_path):
+    body = b'{"model": "a"}'
+    with gate(tmp_path, gateway) as url:
+        connection = HTTPConnection(urlsplit(url).netloc, timeout=10)
+        connection.putrequest("POST", "/v1/generate")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body[:5])
+        time.sleep(0.5)
+        connection.send(body[5:])
+        assert connection.getresponse().status == 200
+        connection.close()
