@@ -1,15 +1,17 @@
 """The commands: help that teaches, and mistakes told in a line."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT, tiny
+from conftest import ROOT, free_port, tiny
 
 from biggan.commands import base_config
 from biggan.config import ConfigError
 from biggan.presets import digits
+from serving.__main__ import _taken
 
 COMMANDS = [
     *("prepare", "train", "sweep", "promote", "evaluate", "generate"),
@@ -40,3 +42,10 @@ def test_where_a_commands_settings_start_from(monkeypatch, tmp_path, tiny_run):
     assert given("--name", "unheard-of", "--dataset", "digits").model.attention == ()
     with pytest.raises(ConfigError, match="no such file"):
         given("--config", str(tmp_path / "nope.yaml"))
+
+
+def test_a_port_that_another_program_has_is_noticed():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert _taken("127.0.0.1", other.getsockname()[1])
+        assert _taken("0.0.0.0", other.getsockname()[1])
+    assert not _taken("127.0.0.1", free_port())

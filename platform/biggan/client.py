@@ -19,7 +19,7 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE = 10.0
 """Seconds between two attempts, whatever an endpoint says in Retry-After."""
 KEY = "BIGGAN_API_KEY"
 """Variable with the API key, where none is given."""
@@ -86,7 +86,7 @@ class Client:
         key: str | None = None,
         model: str | None = None,
         timeout: float = 60.0,
-        retries: int = 8,
+        retries: int = 12,
     ) -> None:
         """`key` is an API key, by default $BIGGAN_API_KEY; `model` is what requests are for.
 
