@@ -102,9 +102,9 @@ def ask(url, path="/v1/generate", **body):
     return answer
 
 
-def fill(gateway, **headers):
+def fill(gateway):
     refusal = too_busy(2.5, many=True)
-    gateway.status, gateway.headers = refusal.status, refusal.headers | headers
+    gateway.status, gateway.headers = refusal.status, refusal.headers
 
 
 def empty(gateway):
