@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -222,17 +224,17 @@ class Api:
         self, http: Request, request: Annotated[GenerateRequest, Body()]
     ) -> Response:
         """Images of a class, or of a mixture of classes."""
-        return _file(http, *await self.service.generate(_caller(http), request))
+        return _file(*await self.service.generate(_caller(http), request))
 
     async def interpolate(
         self, http: Request, request: Annotated[InterpolateRequest, Body()]
     ) -> Response:
         """The way from image to image, as frames or as an animation that loops without a jump."""
-        return _file(http, *await self.service.interpolate(_caller(http), request))
+        return _file(*await self.service.interpolate(_caller(http), request))
 
     async def edit(self, http: Request, request: Annotated[EditRequest, Body()]) -> Response:
         """An image changed along directions of the model, and towards a class."""
-        return _file(http, *await self.service.edit(_caller(http), request))
+        return _file(*await self.service.edit(_caller(http), request))
 
     async def invert(self, http: Request, request: Annotated[InvertRequest, Body()]) -> Response:
         """The latent of an image: to be edited, and to be a stop of an interpolation."""
@@ -250,23 +252,20 @@ class Api:
         first = await anext(news)  # What is wrong with the request is told as an error, not event.
         if request.stream:
             return StreamingResponse(
-                _events(http, news, first), media_type="text/event-stream", headers=UNBUFFERED
+                _events(news, first), media_type="text/event-stream", headers=UNBUFFERED
             )
         async with aclosing(news):
             while not isinstance(first, FoundAnswer):
                 if await http.is_disconnected():
                     return Response(status_code=499)
                 first = await anext(news)
-        _note_found(http, first)
         return Response(first.model_dump_json(by_alias=True), media_type="application/json")
 
     async def images(
         self, http: Request, request: Annotated[ImagesRequest, Body()]
     ) -> ImagesResponse:
         """The widely used images API: the prompt is a class name, or the nearest to it."""
-        made, answer = await self.service.images(_caller(http), request)
-        _note(http, made)
-        return answer
+        return await self.service.images(_caller(http), request)
 
     async def verify(
         self, http: Request, request: Annotated[VerifyRequest, Body()]
@@ -282,13 +281,13 @@ class Api:
         """One model: NAME, NAME@ALIAS or NAME@VERSION."""
         return await self.service.model(model)
 
-    async def classes(self, model: ModelQuery = None) -> ClassesAnswer:
+    async def classes(self, http: Request, model: ModelQuery = None) -> ClassesAnswer:
         """The classes that can be asked for."""
-        return await self.service.classes(model)
+        return await self.service.classes(_caller(http), model)
 
-    async def directions(self, model: ModelQuery = None) -> DirectionsAnswer:
+    async def directions(self, http: Request, model: ModelQuery = None) -> DirectionsAnswer:
         """The directions in which the model's images change most (SeFa), the strongest first."""
-        return await self.service.directions(model)
+        return await self.service.directions(_caller(http), model)
 
     async def healthz(self) -> Health:
         """Whether the gateway works."""
@@ -332,10 +331,12 @@ class Observe:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, began = 500, time.perf_counter()
+        status, began = None, time.perf_counter()
         noted = scope.setdefault("state", {})
-        if self.gated:
-            noted["turned_away"] = int(Headers(scope=scope).get(TURNED_AWAY, 0))
+        # Four digits would be many for 40 ms. Whoever reaches a gateway past HAProxy writes any.
+        others = Headers(scope=scope).get(TURNED_AWAY, "0") if self.gated else "0"
+        caller = Caller(None, int(others) if re.fullmatch("[0-9]{1,4}", others) else 0)
+        noted["caller"] = caller
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -345,6 +346,9 @@ class Observe:
 
         try:
             await self.app(scope, receive, noting)
+        except asyncio.CancelledError:
+            status = status or 499  # The client is gone, which is nobody's error here.
+            raise
         finally:
             route = scope.get("route")
             if isinstance(route, APIRoute) and route.include_in_schema:
@@ -352,14 +356,14 @@ class Observe:
                     Served(
                         operation=route.path,
                         key=key.name if (key := noted.get("key")) else "",
-                        model=noted.get("model", ""),
-                        status=status,
+                        model=caller.model,
+                        status=status or 500,
                         seconds=time.perf_counter() - began,
-                        images=noted.get("images", 0),
+                        images=caller.images,
                     )
                 )
-                if others := noted.get("turned_away"):
-                    self.reporter.add(TurnedAway(route.path, others))
+                if caller.turned_away:
+                    self.reporter.add(TurnedAway(route.path, caller.turned_away))
 
 
 def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastAPI:
@@ -389,14 +393,12 @@ def _with_problem(app: FastAPI) -> dict[str, Any]:
 
 
 async def _events(
-    http: Request, news: AsyncGenerator[Progress | FoundAnswer, None], first: Progress | FoundAnswer
+    news: AsyncGenerator[Progress | FoundAnswer, None], first: Progress | FoundAnswer
 ) -> AsyncIterator[bytes]:
     """Server-sent events of long work; it ends when the client is gone."""
     try:
         yield _event("progress" if isinstance(first, Progress) else "result", first)
         async for item in news:
-            if isinstance(item, FoundAnswer):
-                _note_found(http, item)
             yield _event("progress" if isinstance(item, Progress) else "result", item)
     except Exception as error:
         if not isinstance(error, ProblemError):
@@ -415,21 +417,13 @@ def _event(name: str, content: BaseModel) -> bytes:
     return f"event: {name}\ndata: {content.model_dump_json(by_alias=True)}\n\n".encode()
 
 
-def _note_found(http: Request, answer: FoundAnswer) -> None:
-    http.state.model, http.state.images = answer.model, len(answer.candidates)
-
-
 def _caller(http: Request) -> Caller:
-    return Caller(http.state.key, getattr(http.state, "turned_away", 0))
+    caller: Caller = http.state.caller
+    caller.key = http.state.key
+    return caller
 
 
-def _note(http: Request, made: Made) -> None:
-    """What was made, for the metrics."""
-    http.state.model, http.state.images = made.model.reference, len(made.images)
-
-
-def _file(http: Request, made: Made, answer: Answer) -> Response:
-    _note(http, made)
+def _file(made: Made, answer: Answer) -> Response:
     first = made.recipes[0]
     headers = {
         "X-Model": made.model.reference,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from biggan.models import (
     split_reference,
 )
 from biggan.storage import Folder, StorageError
+from serving import background
 from serving.problems import ProblemError
 from serving.schemas import FieldProblem
 
@@ -40,7 +42,10 @@ logger = logging.getLogger("ray.serve")
 FRESH_SECONDS = 1.0
 """So long an alias is taken to point where it did, and a card to say what it said."""
 STALE_SECONDS = 5.0
-"""So long it is still followed while it is looked up anew; after that a request waits for that."""
+"""So long it is still followed while it is looked up anew; after that a request waits for that, and
+for the version that it leads to by then: for as long at the most, should that take long to load."""
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""Of an alias or a version: no path that leads out of the store."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,10 @@ class _Followed:
     model: Model
     looked: float
     refresh: asyncio.Task[None] | None = None
+    loading: asyncio.Task[None] | None = None
+    """Of the version that is to take over."""
+    began: float = 0.0
+    """When that did."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +132,13 @@ class Catalogue:
 
     def choose(self, reference: str | None, seed: int) -> str:
         """NAME@ALIAS or NAME@VERSION for what a request names; raises `ProblemError` 404."""
-        name, _, version = (reference or self.names[0]).partition("@")
+        name, at, version = (reference or self.names[0]).partition("@")
         if name not in self.shares:
             served = f"served are: {', '.join(self.names)}"
             detail = f"model {name} is not served here; {served}"
             raise ProblemError(404, detail, [_wrong(reference, served)])
+        if at and not _VERSION.fullmatch(version):
+            raise _missing(reference, f"{name}@{version}")
         return f"{name}@{version or self._draw(name, seed)}"
 
     def _draw(self, name: str, seed: int) -> str:
@@ -157,15 +168,18 @@ class Catalogue:
         if followed := self._followed.get(chosen):
             age = time.monotonic() - followed.looked
             if age > FRESH_SECONDS and (followed.refresh is None or followed.refresh.done()):
-                followed.refresh = asyncio.create_task(self._follow(chosen, followed))
+                followed.refresh = background.begin(self._follow(chosen, followed))
             if age > STALE_SECONDS and followed.refresh:
-                await asyncio.shield(followed.refresh)
+                await asyncio.wait([followed.refresh])
+                left = followed.began + STALE_SECONDS - time.monotonic()
+                if followed.loading and left > 0:
+                    await asyncio.wait([followed.loading], timeout=left)
             return followed.model
         try:
             model = await asyncio.to_thread(self._read, chosen)
-        except StorageError as error:
-            detail = f"no model {chosen}; see /v1/models"
-            raise ProblemError(404, detail, [_wrong(reference, str(error))]) from None
+        except StorageError as error:  # Which names the store: not to be told to strangers.
+            logger.info("%s: %s", chosen, error)
+            raise _missing(reference, chosen) from None
         self._followed[chosen] = _Followed(model, time.monotonic())
         return model
 
@@ -173,13 +187,25 @@ class Catalogue:
         """Look up an alias anew; a store that cannot be read must not end the service."""
         try:
             model = await asyncio.to_thread(self._read, chosen)
-            if model.reference != followed.model.reference:
-                await self.warm(model.reference)
-                logger.info("%s is %s now", chosen, model.reference)
-            followed.model = model
+            if model.reference == followed.model.reference:
+                followed.model = model
+            elif followed.loading is None:
+                followed.began = time.monotonic()
+                followed.loading = background.begin(self._load(chosen, followed, model))
         except Exception:
             logger.exception("cannot follow %s; still serving %s", chosen, followed.model.reference)
         followed.looked = time.monotonic()
+
+    async def _load(self, chosen: str, followed: _Followed, model: Model) -> None:
+        """Let a version take over once it is loaded: minutes, where it is compiled."""
+        try:
+            await self.warm(model.reference)
+            followed.model = model
+            logger.info("%s is %s now", chosen, model.reference)
+        except Exception:
+            logger.exception("cannot load %s; still serving %s", model.reference, chosen)
+        finally:
+            followed.loading = None
 
     def _read(self, chosen: str) -> Model:
         name, version = split_reference(chosen)
@@ -215,9 +241,18 @@ class Catalogue:
                 share = sum(
                     w for alias, w in shares.items() if aliases.get(alias, alias) == version
                 )
-                model = self._version(store.folder / version)
+                try:
+                    model = self._version(store.folder / version)
+                except (UserError, OSError):  # The others are there all the same.
+                    logger.exception("%s@%s is damaged", name, version)
+                    continue
                 found.append((model, pointing, share / sum(shares.values())))
         return found
+
+
+def _missing(reference: str | None, chosen: str) -> ProblemError:
+    detail = f"no model {chosen}; see /v1/models"
+    return ProblemError(404, detail, [_wrong(reference, "must be one that /v1/models lists")])
 
 
 def _wrong(reference: str | None, limit: str) -> FieldProblem:

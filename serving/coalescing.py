@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from serving import background
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -47,7 +49,7 @@ class Coalescer(Generic[T, R]):
         together = [(item, answer) for item, answer in self._waiting if not answer.done()]
         self._waiting = []
         if together:
-            call = asyncio.create_task(self._ask(together))
+            call = background.begin(self._ask(together))
             self._calls.add(call)
             call.add_done_callback(self._end)
 
@@ -61,6 +63,8 @@ class Coalescer(Generic[T, R]):
             results = await self.call([item for item, _ in together])
         except Exception as error:
             results = [error] * len(together)
+        except asyncio.CancelledError:  # Not by those who wait for the answers.
+            results = [ConnectionError("the call was cancelled")] * len(together)
         for (_, answer), result in zip(together, results, strict=True):
             if answer.done():  # The request was cancelled.
                 continue

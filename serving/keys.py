@@ -35,8 +35,8 @@ from serving.schemas import MAX_IMAGES
 logger = logging.getLogger("ray.serve")
 
 PREFIX = "bg_"
-LARGEST_REQUEST = MAX_IMAGES
-"""Most images that one request can ask for: every key may take so many at once."""
+LEAST_BURST = MAX_IMAGES
+"""Every key may take so many images at once: a request for images."""
 REFRESH_SECONDS = 3.0
 """A revoked key is refused after these, and the time that it takes to read the keys."""
 STALE_SECONDS = 300.0
@@ -51,7 +51,7 @@ class Limits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rate: int = Field(600, ge=1)
-    """Images a minute. So many may be taken at once, or one largest request if that is more."""
+    """Images a minute. So many may be taken at once, or `LEAST_BURST` if that is more."""
     quota: int | None = Field(None, ge=1)
     """Images a day, which begins at midnight UTC; None: as many as the rate allows."""
     models: tuple[str, ...] | None = Field(None, min_length=1)
@@ -67,8 +67,8 @@ class Limits(BaseModel):
 
     @property
     def burst(self) -> int:
-        """Images that may be taken at once. No request that the endpoint takes is larger."""
-        return max(self.rate, LARGEST_REQUEST)
+        """Images that may be taken at once; for more, as of frames, see `Meter.take`."""
+        return max(self.rate, LEAST_BURST)
 
     def __str__(self) -> str:
         quota = f"{self.quota} a day" if self.quota else "any number a day"

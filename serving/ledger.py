@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serving import background
 from serving.keys import Key
 from serving.limits import Admission, Meter, Refusal
 from serving.schemas import Observed
@@ -25,6 +27,10 @@ logger = logging.getLogger("ray.serve")
 REMEMBERED = 1000
 """Newest requests of a model version that its latency and error rate are taken over."""
 SEND_SECONDS = 1.0
+SILENT_SECONDS = 60.0
+"""A sampler that makes nothing for so long has no backlog, or is no more."""
+JUDGED = {"/v1/generate", "/v1/interpolate", "/v1/edit", "/v1/images/generations"}
+"""Operations by which a model version is judged: a search takes as long as it is given."""
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -99,6 +105,7 @@ class Ledger:
             ("replica",),
             registry=self.registry,
         )
+        self._heard: dict[str, float] = {}
         self._newest: dict[str, deque[tuple[float, bool]]] = defaultdict(
             lambda: deque(maxlen=REMEMBERED)
         )
@@ -107,6 +114,7 @@ class Ledger:
         """Count what a gateway or a sampler saw."""
         for event in events:
             if isinstance(event, Batch):
+                self._heard[event.replica] = time.monotonic()
                 self.backlog.labels(event.replica).set(event.backlog)
                 self.batches.observe(event.images)
             elif isinstance(event, TurnedAway):
@@ -120,8 +128,9 @@ class Ledger:
         self.seconds.labels(request.operation, request.model).observe(request.seconds)
         if request.images:
             self.images.labels(request.key, request.model).inc(request.images)
-        if request.model:
-            self._newest[request.model].append((request.seconds, request.status < 500))
+        answered = request.status < 400  # Else the model was not asked, unless it failed.
+        if request.operation in JUDGED and request.model and (answered or request.status >= 500):
+            self._newest[request.model].append((request.seconds, answered))
 
     async def take(self, key: Key, images: int) -> Admission | Refusal:
         """Count images to be made with a key, or refuse them."""
@@ -142,6 +151,10 @@ class Ledger:
 
     async def metrics(self) -> bytes:
         """All counts in Prometheus' text format."""
+        now = time.monotonic()
+        for replica in [r for r, heard in self._heard.items() if now - heard > SILENT_SECONDS]:
+            self.backlog.remove(replica)
+            del self._heard[replica]
         return generate_latest(self.registry)
 
     async def observed(self) -> dict[str, Observed]:
@@ -169,7 +182,7 @@ class Reporter:
         """Note an event; there must be a running loop."""
         self._events.append(event)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._send_soon())
+            self._task = background.begin(self._send_soon())
 
     async def _send_soon(self) -> None:
         await asyncio.sleep(SEND_SECONDS)

@@ -64,12 +64,13 @@ class Meter:
         """Take up the counts of the day; raises OSError or `StorageError` if they are unreadable.
 
         `clock` gives nanoseconds since 1970 UTC. It may be set back: that neither begins a day
-        anew, nor makes anybody wait for longer than an empty bucket would.
+        anew, nor makes anybody wait for longer.
         """
         self.store, self.clock = KeyStore(root), clock
         self._counting, self._writing = threading.Lock(), threading.Lock()
         self._full_at: dict[str, int] = {}
-        self._day = clock() // DAY
+        self._latest = clock()
+        self._day = self._latest // DAY
         self._used = {self._day: self.store.usage(_date(self._day))}
         self._unsaved: set[int] = set()
         self._stop = threading.Event()
@@ -86,21 +87,23 @@ class Meter:
         self.flush()
 
     def take(self, key: Key, images: int) -> Admission | Refusal:
-        """Count images to be made with a key, or refuse them; all of them or none."""
-        for most, limit in ((key.burst, "at once"), (key.quota, "a day")):
-            if most is not None and images > most:
-                detail = f"this API key may have {most} images {limit}, not {images}"
-                return Refusal(detail, None)
+        """Count images to be made with a key, or refuse them; all of them or none.
+
+        More than may be taken at once are made when nothing was taken, as if on credit: who has
+        them waits the longer for the next.
+        """
+        if key.quota is not None and images > key.quota:
+            detail = f"this API key may have {key.quota} images a day, not {images}"
+            return Refusal(detail, None)
         with self._counting:
-            now = self.clock()
+            now = self._now()
             self._day = max(self._day, now // DAY)
             used = self._used.setdefault(self._day, {})
             total = used.get(key.name, 0) + images
             full = key.burst * MINUTE // key.rate
-            begin = min(max(self._full_at.get(key.name, 0), now), now + full)
-            self._full_at[key.name] = begin
+            begin = max(self._full_at.get(key.name, 0), now)
             full_at = begin + images * MINUTE // key.rate
-            too_fast = full_at - (now + full)
+            too_fast = begin + min(images, key.burst) * MINUTE // key.rate - (now + full)
             too_many = (self._day + 1) * DAY - now if key.quota and total > key.quota else 0
             if (wait := max(too_fast, too_many)) > 0:
                 limit = f"{key.rate} images a minute"
@@ -111,6 +114,14 @@ class Meter:
             self._full_at[key.name], used[key.name] = full_at, total
             self._unsaved.add(self._day)
         return Admission(key.quota - total if key.quota else None)
+
+    def _now(self) -> int:
+        """The time; if the clock was set back, so are the moments at which buckets are full."""
+        now = self.clock()
+        if (back := self._latest - now) > 0:
+            self._full_at = {name: at - back for name, at in self._full_at.items()}
+        self._latest = now
+        return now
 
     def give_back(self, key: Key, images: int) -> None:
         """Count no more what was taken for work that failed.
@@ -127,7 +138,7 @@ class Meter:
         """Write the counts that have changed; what cannot be written is tried again next time."""
         with self._writing:
             with self._counting:
-                now = self.clock()
+                now = self._now()
                 self._full_at = {name: at for name, at in self._full_at.items() if at > now}
                 changed = {day: dict(self._used[day]) for day in self._unsaved}
                 self._unsaved.clear()

@@ -7,13 +7,16 @@ import difflib
 import math
 import secrets
 import time
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol
 
 import numpy as np
+from pydantic import BaseModel
 
 from biggan.classes import UnknownClassError, class_id
 from biggan.directions import Directions
@@ -63,6 +66,7 @@ from serving.schemas import Progress as Step
 from serving.searcher import Result, Task
 from serving.uploads import Decoder, decode_base64
 
+MOTION_THREADS = 2
 NOTHING_OBSERVED = Observed(requests=0, error_rate=0.0, p50_ms=None, p95_ms=None)
 
 
@@ -90,14 +94,18 @@ class Painter(Protocol):
         """The directions of a model."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Caller:
-    """Who asks, and for how many who could not."""
+    """Who asks, and for how many who could not; and what for, as it turns out."""
 
     key: Key | None
     """None where everybody is let in."""
     turned_away: int = 0
     """Requests like this one that the gate in HAProxy turned away since the one before."""
+    model: str = ""
+    """NAME@VERSION that the request gets, once that is known."""
+    images: int = 0
+    """That were made."""
 
 
 class Seeker(Protocol):
@@ -133,12 +141,14 @@ class Service:
         self.catalogue, self.painter = catalogue, painter
         self.seeker, self.counts = seeker, counts
         self.decoder = Decoder()
+        # Animations take seconds; in threads of their own they keep no picture waiting.
+        self._motion = ThreadPoolExecutor(MOTION_THREADS, "motion")
         self._ready = ""
 
     async def generate(self, caller: Caller, request: GenerateRequest) -> tuple[Made, Answer]:
         """Images of a class."""
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-        model = await self.catalogue.find(request.model, seed)
+        model = await self._find(caller, request.model, seed)
         made = await self._make(caller, model, recipes.generated(request, seed, model))
         answer = await asyncio.to_thread(
             encode, made, request.format, request.layout, request.columns
@@ -151,26 +161,21 @@ class Service:
         if legs * request.frames + (0 if request.loop else 1) > MAX_FRAMES:
             limit = f"{legs} times that, and more than {MAX_FRAMES} in all"
             recipes.refuse("frames", request.frames, limit)
-        model = await self.catalogue.find(request.model, request.stops[0].seed or 0)
+        model = await self._find(caller, request.model, _draw(request, request.stops[0].seed))
         if model.config.resolution * request.scale > MAX_SIDE:
             limit = f"{model.config.resolution} pixels may grow to {MAX_SIDE}"
             recipes.refuse("scale", request.scale, limit)
         stops = recipes.stops(request.stops, request.truncation, model)
         frames = await self.painter.walk(model.reference, stops, request.frames, request.loop)
         made = await self._make(caller, model, frames)
-        answer = await asyncio.to_thread(
-            encode_motion,
-            made,
-            request.format,
-            columns=request.frames,
-            fps=request.fps,
-            scale=request.scale,
+        answer = await asyncio.get_running_loop().run_in_executor(
+            self._motion, lambda: _motion(made, request)
         )
         return made, answer
 
     async def edit(self, caller: Caller, request: EditRequest) -> tuple[Made, Answer]:
         """An image changed along directions, and towards a class."""
-        model = await self.catalogue.find(request.model, request.image.seed or 0)
+        model = await self._find(caller, request.model, _draw(request, request.image.seed))
         towards = None
         if request.morph and request.image.y is not None:
             classes = recipes.morph_classes(request, model)
@@ -188,8 +193,7 @@ class Service:
         Closed before its end, it ends the search.
         """
         began = time.monotonic()
-        model = await self.catalogue.find(request.model, request.seed)
-        _check(caller.key, model)
+        model = await self._find(caller, request.model, _draw(request, None))
         wanted = None if request.class_ is None else recipes.mixture("class", request.class_, model)
         image, factor = await self._upload(request, model)
         task = Task(
@@ -201,16 +205,15 @@ class Service:
             seed=request.seed,
             until=time.time() + request.deadline - (time.monotonic() - began),
         )
-        async with (
-            self._admitted(caller.key, request.candidates),
-            aclosing(self.seeker.search(task)) as news,
-        ):
-            async for item in news:
-                if isinstance(item, Result):
-                    seconds = time.monotonic() - began
-                    yield await asyncio.to_thread(_found, model, item, seconds)
-                else:
-                    yield await asyncio.to_thread(_step, model, item)
+        async with aclosing(self.seeker.search(task)) as news:
+            async with self._admitted(caller.key, request.candidates):
+                item = await anext(news)
+            # From here on the search has cost what it costs, whoever leaves or does not listen.
+            while not isinstance(item, Result):
+                yield await asyncio.to_thread(_step, model, item)
+                item = await anext(news)
+            caller.images = len(item.inversion.recipes)
+            yield await asyncio.to_thread(_found, model, item, time.monotonic() - began)
 
     async def _upload(
         self, request: InvertRequest | UpscaleRequest, model: Model
@@ -239,8 +242,10 @@ class Service:
         if origin is None:
             return VerifyAnswer(status="no origin", detail="says nothing of where it came from")
         try:
-            model = await self.catalogue.find(origin.model)
+            model = await self._find(caller, origin.model)
         except ProblemError as error:
+            if error.status != 404:
+                raise
             return _verdict(Verdict(status="unknown model", origin=origin, sentence=error.detail))
         if model.weights != origin.weights:
             sentence = f"{model.reference} of this store has other weights than the picture names"
@@ -260,17 +265,17 @@ class Service:
         assert verdict
         return _verdict(verdict)
 
-    async def images(self, caller: Caller, request: ImagesRequest) -> tuple[Made, ImagesResponse]:
+    async def images(self, caller: Caller, request: ImagesRequest) -> ImagesResponse:
         """What the widely used images API asks for."""
         size = _size(request)
         seed = secrets.randbelow(2**31)
-        model = await self.catalogue.find(request.model, seed)
-        wanted = nearest_class(request.prompt, model)
+        model = await self._find(caller, request.model, seed)
+        wanted = await asyncio.to_thread(nearest_class, request.prompt, model)
         n = request.n or 1
         made = await self._make(
             caller, model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
         )
-        return made, await asyncio.to_thread(_images_response, made, request, size)
+        return await asyncio.to_thread(_images_response, made, request, size)
 
     async def models(self) -> ModelsAnswer:
         """Every version of the models that are served, and how it fared of late."""
@@ -294,15 +299,15 @@ class Service:
             self._ready = model.reference
         return model.reference
 
-    async def classes(self, model: str | None) -> ClassesAnswer:
+    async def classes(self, caller: Caller, model: str | None) -> ClassesAnswer:
         """The classes that can be asked for."""
-        found = await self.catalogue.find(model)
+        found = await self._find(caller, model)
         entries = [ClassEntry(id=i, name=name) for i, name in enumerate(found.config.class_names)]
         return ClassesAnswer(model=found.reference, classes=entries)
 
-    async def directions(self, model: str | None) -> DirectionsAnswer:
+    async def directions(self, caller: Caller, model: str | None) -> DirectionsAnswer:
         """The directions in which a model's images can be changed."""
-        found = await self.catalogue.find(model)
+        found = await self._find(caller, model)
         directions = await self.painter.directions(found.reference)
         return DirectionsAnswer(
             model=found.reference,
@@ -317,8 +322,15 @@ class Service:
             ],
         )
 
+    async def _find(self, caller: Caller, reference: str | None, draw: int = 0) -> Model:
+        """The model of a request; raises `ProblemError` 404, or 403 if the key may not use it."""
+        model = await self.catalogue.find(reference, draw)
+        caller.model = model.reference
+        if caller.key:
+            caller.key.check_model(model.name)
+        return model
+
     async def _make(self, caller: Caller, model: Model, wanted: list[Recipe]) -> Made:
-        _check(caller.key, model)
         others = caller.turned_away * len(wanted)
         if busy := self.painter.full(model.reference, len(wanted), others):
             raise too_busy(busy.seconds, busy.many)  # Nothing to count, then.
@@ -326,6 +338,7 @@ class Service:
             images = await self.painter.synthesize(model.reference, wanted)
             if isinstance(images, Busy):
                 raise too_busy(images.seconds)
+        caller.images = len(wanted)
         return Made(model, wanted, images)
 
     @asynccontextmanager
@@ -344,10 +357,14 @@ class Service:
             raise
 
 
-def _check(key: Key | None, model: Model) -> None:
-    """Raise `ProblemError` 403 if the key may not use the model."""
-    if key:
-        key.check_model(model.name)
+def _motion(made: Made, request: InterpolateRequest) -> Answer:
+    form = {"columns": request.frames, "fps": request.fps, "scale": request.scale}
+    return encode_motion(made, request.format, **form)
+
+
+def _draw(request: BaseModel, seed: int | None) -> int:
+    """The number by which a canary's share is drawn: the same for the same request."""
+    return zlib.crc32(request.model_dump_json().encode()) if seed is None else seed
 
 
 def too_busy(seconds: float = 0.0, many: bool = False) -> ProblemError:

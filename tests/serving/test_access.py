@@ -1,5 +1,6 @@
 """Who may use the endpoint, and how much of it, over its real operations; and other clients."""
 
+import asyncio
 import base64
 import io
 import socket
@@ -18,6 +19,8 @@ from biggan.pixels import sheet
 from serving.batching import Busy
 from serving.ingress import TURNED_AWAY
 from serving.keys import Keys, KeyStore, Limits
+from serving.ledger import SILENT_SECONDS, Batch, Ledger
+from serving.sampler import _make
 
 PROBLEM = "application/problem+json"
 
@@ -30,6 +33,8 @@ def secrets(storage):
         "grey-only": Limits(models=("grey",)),
         "few": Limits(quota=10),
         "slow": Limits(rate=60),
+        "listening": Limits(quota=3),
+        "leaving": Limits(quota=3),
     }
     return {name: store.make(name, given) for name, given in limits.items()}
 
@@ -103,7 +108,7 @@ def test_a_quota_and_a_rate(closed, secrets):
     assert 0 < int(over.headers["Retry-After"]) <= 24 * 3600
     slow = {"Authorization": f"Bearer {secrets['slow']}"}
     assert ask(60, slow).status_code == 200
-    assert ask(4, slow).status_code == 200  # 64 may be taken at once: a largest request.
+    assert ask(4, slow).status_code == 200  # 64 may be taken at once.
     waiting = ask(10, slow)
     assert waiting.status_code == 429
     assert 1 <= int(waiting.headers["Retry-After"]) <= 10
@@ -112,6 +117,84 @@ def test_a_quota_and_a_rate(closed, secrets):
     body = {"stops": stops, "frames": 10, "format": "json"}
     answer = requests.post(f"{closed}/v1/interpolate", json=body, headers=slow, timeout=60)
     assert answer.status_code == 429
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_search_counts_once_it_has_begun(closed, secrets, grey, stream):
+    key = {"X-API-Key": secrets["leaving" if stream else "listening"]}
+    file = io.BytesIO()
+    Image.fromarray(grey.sample(3, seed=5)[0, ..., 0]).save(file, "PNG")
+    body = {"image": base64.b64encode(file.getvalue()).decode(), "class": 3}
+    body |= {"candidates": 2, "stream": stream}
+
+    def ask(path, body):
+        answer = requests.post(
+            f"{closed}/v1/{path}", json=body, headers=key, timeout=60, stream=stream
+        )
+        if stream and path == "invert":  # Its client leaves, having seen an image.
+            assert next(answer.iter_lines()) == b"event: progress"
+            answer.close()
+        return answer.status_code
+
+    assert ask("generate", {"class": 3, "n": 1}) == 200
+    assert ask("invert", body) == 200
+    time.sleep(1)
+    assert ask("generate", {"class": 3, "n": 1}) == 429
+
+
+def test_a_model_that_a_key_is_not_for_is_not_even_loaded(closed, colour, secrets):
+    service = new_service(["grey", "colour"])
+    with served(service, Keys()) as url:
+        headers = {"X-API-Key": secrets["grey-only"]}
+        stops = [{"class": 3, "seed": 1}, {"class": 3, "seed": 2}]
+        image = {"z": [0.0] * 24, "y": [0.0] * 128}
+        asked = [
+            ("get", "classes?model=colour", None),
+            ("get", "directions?model=colour", None),
+            ("post", "interpolate", {"model": "colour", "stops": stops}),
+            ("post", "edit", {"model": "colour", "image": image, "morph": {"class": 3}}),
+        ]
+        for method, path, body in asked:
+            answer = requests.request(
+                method, f"{url}/v1/{path}", json=body, headers=headers, timeout=60
+            )
+            assert (answer.status_code, path) == (403, path)
+        assert not service.painter._models
+
+
+def test_a_model_is_judged_by_what_failed_too(grey, colour):
+    service = new_service(["grey", "colour"])
+
+    def broken(model, recipes, threads):
+        raise RuntimeError("broken")
+
+    with served(service) as url:
+        for wanted in (200, 500, 500, 422):
+            service.painter._batcher.run = broken if wanted == 500 else _make
+            body = {"class": 3 if wanted != 422 else 99, "seed": 1}
+            answer = requests.post(f"{url}/v1/generate", json=body, timeout=60)
+            assert answer.status_code == wanted
+        time.sleep(2)  # Events are sent once a second.
+        models = requests.get(f"{url}/v1/models", timeout=60).json()["data"]
+        [observed] = [m["observed"] for m in models if m["id"] == "grey@v1"]
+        assert (observed["requests"], round(observed["error_rate"], 3)) == (3, 0.667)
+        text = requests.get(f"{url}/metrics", timeout=60).text
+    made = 'biggan_requests_total{key="",model="grey@v1",operation="/v1/generate",status='
+    for line in ('"200"} 1.0', '"500"} 2.0', '"422"} 1.0'):
+        assert made + line in text
+
+
+def test_a_sampler_that_is_no_more_has_no_backlog(storage, monkeypatch):
+    async def run():
+        ledger = Ledger(str(storage))
+        await ledger.record([Batch("gone", 4, 7), Batch("here", 4, 3)])
+        assert b'biggan_backlog_images{replica="gone"} 7.0' in await ledger.metrics()
+        ledger._heard["gone"] -= SILENT_SECONDS + 1
+        told = await ledger.metrics()
+        assert b"gone" not in told
+        assert b'biggan_backlog_images{replica="here"} 3.0' in told
+
+    asyncio.run(run())
 
 
 def test_metrics_tell_keys_and_models_apart(closed, secrets):
@@ -137,8 +220,8 @@ def test_metrics_count_whom_the_gate_turned_away_if_there_is_one(grey, monkeypat
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", str(int(gated)))
     wanted = 'biggan_requests_total{key="",model="",operation="/v1/generate",status="503"} 7.0'
     with served(new_service(["grey"])) as url:
-        for others in (4, 3, 0):
-            headers = {TURNED_AWAY: str(others)}
+        for others in ("4", "3", "0", "-7", "x", "1e3", "99999999", "٣".encode().decode("latin-1")):
+            headers = {TURNED_AWAY: others}
             answer = requests.post(
                 f"{url}/v1/generate", json={"class": 3}, headers=headers, timeout=60
             )

@@ -13,6 +13,7 @@ from biggan.models import CARD, WEIGHTS, WEIGHTS_SHA256, ModelStore, load_card
 from biggan.storage import storage_root
 from serving import catalogue as catalogue_module
 from serving.catalogue import Catalogue
+from serving.problems import ProblemError
 from serving.sampler import Sampler
 
 NAMES_OF_MODELS = (f"changing{i}" for i in itertools.count())
@@ -147,3 +148,46 @@ def test_a_damaged_model_is_in_no_other_models_way(folder, grey, caplog):
 
     assert asyncio.run(load()) == ["grey@v1"]
     assert f"{folder.parent.name}@v1 is not loaded" in caplog.text
+
+
+def test_nobody_waits_long_for_what_takes_long_to_load(folder, monkeypatch):
+    monkeypatch.setattr(catalogue_module, "FRESH_SECONDS", 0.1)
+    monkeypatch.setattr(catalogue_module, "STALE_SECONDS", 0.4)
+    loading = asyncio.Event()
+
+    async def warm(reference):
+        await loading.wait()
+
+    async def move():
+        catalogue = Catalogue([folder.parent.name], {}, None, warm)
+        assert (await catalogue.find(None)).card.version == folder.name
+        newer = add_imported(folder.parent.name, random_generator(3)).name
+        for pause in (0.2, 0.6, 0.3, 0.3):  # The second finds it stale.
+            await asyncio.sleep(pause)
+            began = time.monotonic()
+            assert (await catalogue.find(None)).card.version == folder.name
+            assert time.monotonic() - began < (0.8 if pause == 0.6 else 0.2)
+        loading.set()
+        await ask_until(lambda: catalogue.find(None), lambda model: model.card.version == newer)
+
+    asyncio.run(move())
+
+
+def test_a_damaged_version_leaves_the_others_listed(folder, catalogue):
+    bad = add_imported(folder.parent.name, random_generator(3))
+    bad.write_bytes(CARD, b"{")
+    [(model, aliases, share)] = asyncio.run(catalogue.all())
+    assert (model.card.version, aliases, share) == (folder.name, [], 0)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["{}@x/../../{}/v1", "{}@/{}@v1", "{}@..", "{}@a/\0b", "{}@", "{}@v9", "{}@v1/", "other"],
+)
+def test_no_reference_leads_elsewhere_or_tells_where_the_store_is(folder, catalogue, reference):
+    name = folder.parent.name
+    with pytest.raises(ProblemError) as refused:
+        asyncio.run(catalogue.find(reference.format(name, name)))
+    assert refused.value.status == 404
+    assert folder.uri.split("/")[1] not in str(refused.value.errors)
+    assert not catalogue._followed

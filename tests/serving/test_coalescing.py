@@ -1,6 +1,7 @@
 """Requests that go together: which do, and that each gets what is its own."""
 
 import asyncio
+from contextvars import ContextVar
 
 import pytest
 
@@ -99,3 +100,31 @@ def test_whoever_gives_up_is_not_asked_for():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serving.coalescing.PATIENCE_SECONDS", 60)
         asyncio.run(run())
+
+
+def test_a_call_is_nobodys_and_all_hear_of_its_end():
+    """Serve cancels what is called on behalf of a request whose client leaves."""
+    who, callers, calls = ContextVar("who", default="nobody"), [], []
+
+    async def call(items):
+        callers.append(who.get())
+        calls.append(asyncio.current_task())
+        await asyncio.sleep(60)
+
+    async def run():
+        coalescer = Coalescer(call)
+
+        async def request(name):
+            who.set(name)
+            return await coalescer.ask(name)
+
+        asked = [asyncio.create_task(request(name)) for name in ("a", "b", "c", "d")]
+        await asyncio.sleep(10 * PATIENCE_SECONDS)
+        assert callers == ["nobody"] * 3
+        for under_way in calls:
+            under_way.cancel()
+        async with asyncio.timeout(5):
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [ConnectionError] * 4
+
+    asyncio.run(run())

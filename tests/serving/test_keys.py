@@ -25,7 +25,7 @@ from biggan.errors import UserError
 from serving import keys as keys_module
 from serving import limits as limits_module
 from serving.keys import (
-    LARGEST_REQUEST,
+    LEAST_BURST,
     STALE_SECONDS,
     Key,
     Keys,
@@ -301,7 +301,7 @@ def test_after_retry_after_it_passes_and_a_second_earlier_it_does_not(rate):
         while isinstance(answer := meter.take(key, images := draw.randint(1, 64)), Admission):
             taken += images
         # The time in which the missing part of the images comes free.
-        missing = taken + images - max(rate, LARGEST_REQUEST)
+        missing = taken + images - max(rate, LEAST_BURST)
         assert answer.retry_after == math.ceil(Fraction(missing, rate) * 60)
         clock.wait(answer.retry_after - 1)
         assert isinstance(meter.take(key, images), Refusal)
@@ -342,10 +342,10 @@ def test_keys_have_buckets_of_their_own():
 
 
 @pytest.mark.parametrize("rate", [1, 60, 64, 65, 600])
-def test_a_full_bucket_holds_the_largest_request(rate):
-    assert GenerateRequest.model_validate({"class": 0, "n": LARGEST_REQUEST})
+def test_a_full_bucket_holds_a_request_for_images(rate):
+    assert GenerateRequest.model_validate({"class": 0, "n": LEAST_BURST})
     meter = Meter("/nowhere", clock=Clock(NOON))
-    assert isinstance(meter.take(a_key(rate=rate), LARGEST_REQUEST), Admission)
+    assert isinstance(meter.take(a_key(rate=rate), LEAST_BURST), Admission)
 
 
 def test_a_quota_begins_anew_at_midnight_utc(root):
@@ -396,11 +396,27 @@ def test_what_was_refused_is_not_counted_and_what_failed_no_more():
 
 def test_what_no_waiting_lets_through_is_told_so():
     meter = Meter("/nowhere", clock=Clock(NOON))
-    for key, most in ((a_key(quota=50), "50 images a day"), (a_key(rate=70), "70 images at once")):
-        problem = meter.take(key, 71).problem()
-        assert problem.status == 403
-        assert f"may have {most}, not 71" in str(problem)
-        assert problem.headers == {}
+    problem = meter.take(a_key(quota=50), 71).problem()
+    assert problem.status == 403
+    assert "may have 50 images a day, not 71" in str(problem)
+    assert problem.headers == {}
+
+
+def test_more_than_a_bucket_holds_is_made_of_a_full_one_and_paid_off_after():
+    clock, key = Clock(NOON), a_key(rate=60)
+    meter = Meter("/nowhere", clock=clock)
+    assert meter.take(key, 1) == Admission(None)
+    assert meter.take(key, 256).retry_after == 1  # Until it is full: 64 images, one a second.
+    clock.wait(1)
+    assert meter.take(key, 256) == Admission(None)
+    assert meter.take(key, 1).retry_after == 256 - 64 + 1
+    clock.wait(192)
+    assert isinstance(meter.take(key, 1), Refusal)
+    clock.wait(1)
+    assert meter.take(key, 1) == Admission(None)
+    assert meter.take(key, 256).retry_after == 64
+    clock.now -= 3600 * SECOND
+    assert meter.take(key, 256).retry_after == 64  # However far the clock is set back.
 
 
 def test_a_restart_forgets_only_what_was_not_written_yet(root):
@@ -478,7 +494,8 @@ def test_new_limits_hold_at_once(root):
     meter = Meter(root, clock=clock)
     assert meter.take(a_key(rate=60, quota=100), 64) == Admission(36)
     assert "50 images a day (UTC), 0 of which are left" in meter.take(a_key(quota=50), 1).detail
-    assert meter.take(a_key(rate=600), 10).retry_after == 1  # An empty bucket stays empty.
+    # What was taken is paid off as it was to be, in 64 s; a bucket of 600 is full after 60.
+    assert meter.take(a_key(rate=600), 10).retry_after == 64 + 1 - 60
     clock.wait(1)
     assert isinstance(meter.take(a_key(rate=600), 11), Refusal)
     assert isinstance(meter.take(a_key(rate=600), 10), Admission)
