@@ -6,11 +6,11 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Query, Request
 from fastapi.routing import APIRoute
@@ -249,16 +249,18 @@ class Api:
 
     async def _search(self, http: Request, request: InvertRequest | UpscaleRequest) -> Response:
         news = self.service.search(_caller(http), request)
-        first = await anext(news)  # What is wrong with the request is told as an error, not event.
+        # What is wrong with the request is told as an error, not as an event.
+        first = await _unless_left(http, anext(news))
+        if first is None:
+            return GONE
         if request.stream:
             return StreamingResponse(
                 _events(news, first), media_type="text/event-stream", headers=UNBUFFERED
             )
         async with aclosing(news):
             while not isinstance(first, FoundAnswer):
-                if await http.is_disconnected():
-                    return Response(status_code=499)
-                first = await anext(news)
+                if not (first := await _unless_left(http, anext(news))):
+                    return GONE
         return Response(first.model_dump_json(by_alias=True), media_type="application/json")
 
     async def images(
@@ -390,6 +392,25 @@ def _with_problem(app: FastAPI) -> dict[str, Any]:
     document["components"]["schemas"] |= schema.pop("$defs") | {"Problem": schema}
     document["components"]["securitySchemes"] = SECURITY
     return document
+
+
+T = TypeVar("T")
+GONE = Response(status_code=499)
+LEFT_SECONDS = 0.1
+"""It is looked so often whether a client is still there."""
+
+
+async def _unless_left(http: Request, work: Awaitable[T]) -> T | None:
+    """What `work` gives; if the client leaves before, it is cancelled, and there is nothing."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not await http.is_disconnected():
+            if (await asyncio.wait([task], timeout=LEFT_SECONDS))[0]:
+                return task.result()
+        return None
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _events(

@@ -19,7 +19,7 @@ import torch
 from ray import serve
 
 from biggan.cluster import own_device
-from biggan.inversion import Inversion, Progress, invert, upscale
+from biggan.inversion import Inversion, OnStep, Progress, Stop, invert, upscale
 from biggan.models import load_generator
 from biggan.networks import Generator
 from biggan.parallel import CPU
@@ -72,34 +72,34 @@ class Searcher:
     async def search(self, task: Task) -> AsyncGenerator[Progress | Result, None]:
         """How far a search is, from time to time, and last what it found.
 
-        Raises `UserError` for an image or class that the model does not take. Closed before its
-        end, it ends the search.
+        Nothing, if others took until its time was up. Raises `UserError` for an image or class that
+        the model does not take. Closed before its end, it ends the search.
         """
         G = await self.model(task.version)
         loop, left = asyncio.get_running_loop(), threading.Event()
-        told: asyncio.Queue[Progress] = asyncio.Queue()
+        told: asyncio.Queue[Progress | None] = asyncio.Queue()
 
-        def on_step(progress: Progress) -> bool:
+        def tell(progress: Progress | None) -> None:
             loop.call_soon_threadsafe(told.put_nowait, progress)
+
+        def stop() -> bool:
             return left.is_set() or time.time() > task.until
 
-        work = loop.run_in_executor(self._thread, _search, G, task, on_step)
+        work = self._thread.submit(_search, G, task, tell, stop)
+        late = loop.call_later(task.until - time.time(), work.cancel)  # Only if it has not begun.
+        work.add_done_callback(lambda _: tell(None))
         try:
             last: Progress | None = None
-            while not (work.done() and told.empty()):
-                news = asyncio.ensure_future(told.get())
-                both: set[asyncio.Future[Any]] = {news, work}
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                if news.done():
-                    last = news.result()
-                    yield last
-                else:
-                    news.cancel()
-            inversion = await work
-            steps, planned = (last.step, last.steps) if last else (0, 0)
-            yield Result(inversion, steps, steps == planned)
+            while progress := await told.get():
+                last = progress
+                yield progress
+            if not work.cancelled():
+                inversion = work.result()
+                assert last  # There was a step at least, which was told.
+                yield Result(inversion, last.step, last.step == last.steps)
         finally:
             left.set()
+            late.cancel()
             work.cancel()  # If it has not begun; otherwise it sees that it is left.
 
 
@@ -108,12 +108,13 @@ def load(version: str, storage: str | None, device: torch.device) -> Generator:
     return load_generator(version, root=storage, device=device)
 
 
-def _search(G: Generator, task: Task, on_step: Any) -> Inversion:
-    options = {
+def _search(G: Generator, task: Task, on_step: OnStep, stop: Stop) -> Inversion:
+    options: dict[str, Any] = {
         "class_ids": task.class_ids,
         "candidates": task.candidates,
         "seed": task.seed,
         "on_step": on_step,
+        "stop": stop,
     }
     if task.factor == 1:
         return invert(G, task.image, **options)

@@ -67,6 +67,8 @@ from serving.searcher import Result, Task
 from serving.uploads import Decoder, decode_base64
 
 MOTION_THREADS = 2
+GRACE_SECONDS = 10.0
+"""So long after its deadline a search may take to its first news: a model may have to be loaded."""
 NOTHING_OBSERVED = Observed(requests=0, error_rate=0.0, p50_ms=None, p95_ms=None)
 
 
@@ -207,7 +209,7 @@ class Service:
         )
         async with aclosing(self.seeker.search(task)) as news:
             async with self._admitted(caller.key, request.candidates):
-                item = await anext(news)
+                item = await _first(news, request.deadline)
             # From here on the search has cost what it costs, whoever leaves or does not listen.
             while not isinstance(item, Result):
                 yield await asyncio.to_thread(_step, model, item)
@@ -355,6 +357,20 @@ class Service:
         except BaseException:
             await self.counts.give_back(key, images)
             raise
+
+
+async def _first(
+    news: AsyncGenerator[Progress | Result, None], deadline: float
+) -> Progress | Result:
+    """The first news of a search; raises `ProblemError` 503 if no searcher was free by then."""
+    try:
+        async with asyncio.timeout(deadline + GRACE_SECONDS):
+            if first := await anext(news, None):
+                return first
+    except TimeoutError:
+        pass
+    detail = f"no searcher was free within the deadline of {deadline:g} s"
+    raise ProblemError(503, detail, headers={"Retry-After": str(math.ceil(deadline))})
 
 
 def _motion(made: Made, request: InterpolateRequest) -> Answer:

@@ -168,12 +168,7 @@ def test_it_can_be_called_where_no_gradients_are_kept(G, image, mode):
 
 def test_progress_is_told(G, image):
     told = []
-
-    def on_step(progress):
-        told.append(progress)
-        return False
-
-    found = upscale(G, downsample(image, 2), factor=2, steps=34, on_step=on_step)
+    found = upscale(G, downsample(image, 2), factor=2, steps=34, on_step=told.append)
     assert [(progress.step, progress.steps) for progress in told] == [
         (10, 34), (20, 34), (30, 34), (34, 34)
     ]  # fmt: skip
@@ -187,12 +182,20 @@ def test_progress_is_told(G, image):
 
 
 def test_a_search_can_be_ended_with_what_it_has(G, image):
-    found = invert(G, image, steps=40, on_step=lambda progress: progress.step == 20)
-    expected = []
-    invert(G, image, steps=40, on_step=lambda progress: bool(expected.append(progress)))
-    assert len(expected) == 4
-    assert found.losses[0] == pytest.approx(expected[1].loss, rel=0.2)
-    assert found.losses[0] > expected[3].loss
+    expected, told, asked = [], [], iter(range(1000))
+    whole = invert(G, image, steps=40, on_step=expected.append)
+    # It is asked after each 16 of the 64 that are drawn, and before each step: here the 23rd.
+    found = invert(G, image, steps=40, on_step=told.append, stop=lambda: next(asked) == 4 + 22)
+    assert [progress.step for progress in told] == [10, 20, 23]
+    assert [progress.loss for progress in told[:2]] == [progress.loss for progress in expected[:2]]
+    assert whole.losses[0] < found.losses[0] < expected[1].loss
+
+
+def test_a_search_that_is_late_already_takes_one_step_from_the_first_that_it_drew(G, image):
+    told = []
+    found = invert(G, image, candidates=3, on_step=told.append, stop=lambda: True)
+    assert [progress.step for progress in told] == [1]
+    assert len(found.images) == 3
 
 
 def test_raising_ends_the_search_and_leaves_nothing(G, image):

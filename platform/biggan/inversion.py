@@ -32,6 +32,8 @@ from biggan.recipe import Recipe
 POOL = 64
 """Images drawn of which the likest are the starts; more where there are more classes, to have one
 of each."""
+POOL_PART = 16
+"""So many are drawn before it is asked whether to stop."""
 STEPS = 200
 LEARNING_RATES = 0.3, 0.1
 """Adam's for the latent and for the class embedding's shift, falling to 0 along a cosine."""
@@ -75,9 +77,16 @@ class Inversion:
     """PSNR in dB of each image, brought to the size of what was given, to what was given."""
 
 
-OnStep = Callable[[Progress], bool]
-"""Is told of progress every `REPORT_EVERY` steps. If it returns True the search ends with what it
-has by then; what it raises ends it with nothing."""
+OnStep = Callable[[Progress], None]
+"""Is told of progress every `REPORT_EVERY` steps, and with the last; what it raises ends the search
+with nothing."""
+Stop = Callable[[], bool]
+"""Is asked before every step; if it says so, that is the last, and what is found by then counts."""
+
+
+def never() -> bool:
+    """Lets a search take all its steps."""
+    return False
 
 
 def invert(
@@ -90,6 +99,7 @@ def invert(
     seed: int = 0,
     truncation: float | None = None,
     on_step: OnStep | None = None,
+    stop: Stop = never,
 ) -> Inversion:
     """Latents of G whose images are likest `image`, uint8 `[resolution, resolution, channels]`.
 
@@ -101,8 +111,8 @@ def invert(
     """
     _check_pixels("the image", image, G.resolution, G.channels)
     ids = range(G.n_classes) if class_ids is None else class_ids
-    search = _Search(G, image, 1, _unlikeness, ids, candidates, steps, seed, truncation, on_step)
-    return search.run()
+    options = candidates, steps, seed, truncation, on_step, stop
+    return _Search(G, image, 1, _unlikeness, ids, *options).run()
 
 
 def upscale(
@@ -115,6 +125,7 @@ def upscale(
     steps: int = STEPS,
     seed: int = 0,
     on_step: OnStep | None = None,
+    stop: Stop = never,
 ) -> Inversion:
     """Images of G that `downsample` by `factor` (2, 4 or 8) makes `small`, uint8 `[h, w, C]`.
 
@@ -126,10 +137,8 @@ def upscale(
     what = f"an image to be enlarged {factor} times"
     _check_pixels(what, small, G.resolution // factor, G.channels)
     ids = range(G.n_classes) if class_ids is None else class_ids
-    search = _Search(
-        G, small, factor, _squared_difference, ids, candidates, steps, seed, None, on_step
-    )
-    return search.run()
+    options = candidates, steps, seed, None, on_step, stop
+    return _Search(G, small, factor, _squared_difference, ids, *options).run()
 
 
 def downsample(images: np.ndarray, factor: int) -> np.ndarray:
@@ -210,6 +219,7 @@ class _Search:
     seed: int
     truncation: float | None
     on_step: OnStep | None
+    stop: Stop
 
     def __post_init__(self) -> None:
         if not self.class_ids:
@@ -243,19 +253,19 @@ class _Search:
         optimizer = torch.optim.Adam([{"params": [x], "lr": lr} for x, lr in rates], betas=BETAS)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         for step in range(1, self.steps + 1):
+            last = self.stop() or step == self.steps
             images, losses = look()
-            progress = None
-            if self.on_step and (step % REPORT_EVERY == 0 or step == self.steps):
+            if self.on_step and (last or step % REPORT_EVERY == 0):
                 # Before the optimizer's step, which moves the latents that these images are of.
                 now = images, losses, z, home + unit * shift, classes
-                progress = self._progress(step, *(x.detach() for x in now))
+                self.on_step(self._progress(step, *(x.detach() for x in now)))
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
                 z.mul_(radius / z.norm(dim=1, keepdim=True))
-            if progress and self.on_step and self.on_step(progress):
+            if last:
                 break
         with torch.no_grad():
             losses, best = look()[1].sort(stable=True)
@@ -268,9 +278,13 @@ class _Search:
         seeds = rng(check_seed(self.seed), Stream.SAMPLE, 1).integers(2**63, size=n).tolist()
         z = G.latents(seeds, self.truncation).to(G.device)
         classes = torch.tensor(self.class_ids).repeat(-(-n // len(self.class_ids)))[:n].to(G.device)
-        parts = zip(z.split(G.sample_batch), classes.split(G.sample_batch), strict=True)
-        found = torch.cat([distances(G(z, ids, self.truncation)) for z, ids in parts])
-        best = found.argsort(stable=True)[: self.candidates]
+        found: list[Tensor] = []
+        size = min(G.sample_batch, POOL_PART)
+        for part, ids in zip(z.split(size), classes.split(size), strict=True):
+            found.append(distances(G(part, ids, self.truncation)))
+            if size * len(found) >= self.candidates and self.stop():
+                break
+        best = torch.cat(found).argsort(stable=True)[: self.candidates]
         return z[best], classes[best]
 
     def _progress(

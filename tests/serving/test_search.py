@@ -101,9 +101,22 @@ def test_a_search_ends_when_its_client_goes_away(endpoint, grey, stream):
     else:
         with pytest.raises(requests.Timeout):
             requests.post(url, json=long, timeout=whole / 10)
-    # One search at a time: this one would have waited for the other's end.
-    short = body(image, candidates=1, deadline=0.01)
-    assert seconds(lambda: requests.post(url, json=short, timeout=60)) < whole / 2
+    # One search at a time: this one would not have begun.
+    short = body(image, candidates=1, deadline=whole / 2)
+    assert requests.post(url, json=short, timeout=60).status_code == 200
+
+
+def test_a_search_that_waits_for_another_until_its_deadline_is_told_so(endpoint, grey):
+    image, url = png(grey.sample(3, seed=5)[0]), f"{endpoint}/v1/invert"
+    long = body(image, candidates=8, deadline=120.0, stream=True)
+    with requests.post(url, json=long, stream=True, timeout=60) as answer:
+        lines = answer.iter_lines()  # With which it would end.
+        assert next(lines) == b"event: progress"
+        began = time.monotonic()
+        late = requests.post(url, json=body(image, deadline=0.05), timeout=60)
+        assert time.monotonic() - began < 1
+    assert (late.status_code, late.headers["Retry-After"]) == (503, "1")
+    assert "no searcher was free within the deadline of 0.05 s" in late.json()["detail"]
 
 
 def test_an_event_tells_what_went_wrong(endpoint, grey):
