@@ -11,18 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import requests
 from PIL import Image
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
 LONGEST_PAUSE = 10.0
 """Seconds between two attempts, whatever an endpoint says in Retry-After."""
 KEY = "BIGGAN_API_KEY"
 """Variable with the API key, where none is given."""
+SEARCHES = ("/v1/invert", "/v1/upscale")
 ClassChoice = str | int | Mapping[str, float]
 
 
@@ -71,12 +73,32 @@ class _Patience(Retry):
         return None if seconds is None else min(seconds + self.get_backoff_time(), LONGEST_PAUSE)
 
 
+class _SearchPatience(_Patience):
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: Any = None,
+        error: Exception | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Self:
+        """The next attempt; none after a search that was waited for in vain.
+
+        The endpoint has spent its deadline on it, and would spend it again.
+        """
+        if isinstance(error, ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, *rest, **options)
+
+
 class Client:
     """An endpoint at `url`, for example ``Client("http://127.0.0.1:8000")``.
 
     Requests that get no whole answer in time, that a busy endpoint turns away (429, 503), or during
     which a part of it dies (5xx) are repeated up to `retries` times with growing pauses; a seed
-    makes the same image again.
+    makes the same image again. A search that gets no answer in time is not repeated: that raises
+    `requests.ReadTimeout`.
     """
 
     def __init__(
@@ -90,7 +112,7 @@ class Client:
     ) -> None:
         """`key` is an API key, by default $BIGGAN_API_KEY; `model` is what requests are for.
 
-        `timeout` is in seconds, for each attempt.
+        `timeout` is in seconds, for each attempt; a search has its deadline besides.
         """
         self.url = url.rstrip("/")
         self.model_name = model
@@ -98,17 +120,11 @@ class Client:
         self._session = requests.Session()
         if key := key or os.environ.get(KEY):
             self._session.headers["Authorization"] = f"Bearer {key}"
-        policy = _Patience(
-            total=retries,
-            backoff_factor=0.5,
-            backoff_max=LONGEST_PAUSE,
-            backoff_jitter=0.5,  # Clients that were turned away together do not return together.
-            status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,
-            raise_on_status=False,
-        )
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(max_retries=policy))
+            self._session.mount(scheme, HTTPAdapter(max_retries=_policy(_Patience, retries)))
+        for path in SEARCHES:
+            patience = _policy(_SearchPatience, retries)
+            self._session.mount(self.url + path, HTTPAdapter(max_retries=patience))
 
     def generate(
         self,
@@ -234,9 +250,9 @@ class Client:
         return described
 
     def healthy(self) -> bool:
-        """Whether the endpoint is up and its model loaded."""
+        """Whether the endpoint is up and its model loaded, asked once: "not yet" is an answer."""
         try:
-            response = self._session.get(f"{self.url}/readyz", timeout=self.timeout)
+            response = requests.get(f"{self.url}/readyz", timeout=self.timeout)
         except requests.RequestException:
             return False
         return bool(response.ok)
@@ -254,10 +270,13 @@ class Client:
         self, path: str, body: dict[str, Any], progress: Callable[[dict[str, Any]], None] | None
     ) -> list[GeneratedImage]:
         """Long work, whose progress is told as it goes if somebody listens."""
+        # What a search takes beyond its deadline is what any other request may take.
+        patience = {"timeout": (self.timeout, body["deadline"] + self.timeout)}
+        body = self._for_model(body)
         if progress is None:
-            return _found(self._post(path, body))
-        body = self._for_model(body | {"stream": True})
-        with self._send("POST", path, json=body, stream=True) as response:
+            return _found(self._call("POST", path, json=body, **patience))
+        body |= {"stream": True}
+        with self._send("POST", path, json=body, stream=True, **patience) as response:
             for event, content in _events(response.iter_lines()):
                 if event == "result":
                     return _found(content)
@@ -270,7 +289,8 @@ class Client:
         return self._send(method, path, **options).json()
 
     def _send(self, method: str, path: str, **options: Any) -> requests.Response:
-        response = self._request(method, self.url + path, timeout=self.timeout, **options)
+        options = {"timeout": self.timeout} | options
+        response = self._request(method, self.url + path, **options)
         if response.ok:
             return response
         try:
@@ -287,6 +307,18 @@ class Client:
                 # The answer broke off in its body, which urllib3 has left to us.
                 time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE))
         return self._session.request(method, url, **options)
+
+
+def _policy(kind: type[_Patience], retries: int) -> _Patience:
+    return kind(
+        total=retries,
+        backoff_factor=0.5,
+        backoff_max=LONGEST_PAUSE,
+        backoff_jitter=0.5,  # Clients that were turned away together do not return together.
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods=None,
+        raise_on_status=False,
+    )
 
 
 def _image(content: str, **about: Any) -> GeneratedImage:
