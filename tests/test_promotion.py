@@ -2,6 +2,9 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,9 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import biggan
+from biggan import claim as claims
 from biggan.candidates import load_checkpoint
+from biggan.claim import ClaimError
+from biggan.config import ModelConfig
 from biggan.errors import UserError
 from biggan.models import ModelStore, find_model, load_card, split_reference
+from biggan.networks import Generator
 from biggan.parallel import CPU
 from biggan.promotion import best_trial
 from biggan.runs import best_checkpoint
@@ -181,6 +188,32 @@ def test_a_rollback_goes_back_the_way_that_an_alias_came(tiny_model):
             store.roll_back(alias)
     (store.folder / "v2").delete()
     assert store.roll_back("best") == ("v3", "v1")  # v2 is gone.
+
+
+def test_aliases_that_are_set_at_once_do_not_undo_each_other(storage, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 0.8)  # Who waits looks again every 0.1 s.
+    G = Generator(ModelConfig(ch_g=1, ch_d=1), resolution=16, channels=1, n_classes=2)
+    for _ in range(2):
+        add_imported("contended", G.eval())
+    store = ModelStore("contended")
+    store.set_alias("best", "v2")
+    together = threading.Barrier(2)
+
+    def move(alias):
+        for version in ("v1", "v2") * 4:
+            together.wait(60)
+            while True:
+                with suppress(ClaimError):  # Told, and not lost.
+                    ModelStore("contended").set_alias(alias, version)
+                    break
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(move, ["best", "candidate"]))
+    assert store.aliases() == {"best": "v2", "candidate": "v2"}
+    for alias, moves in (("best", 8), ("candidate", 7)):
+        for _ in range(moves):
+            store.roll_back(alias)
+    assert store.aliases() == {"best": "v2", "candidate": "v1"}
 
 
 def test_a_candidate_leaves_best_alone(tiny_run, tiny_model, worse_run):

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load, save
 from torch import nn
 
+from biggan.claim import claimed
 from biggan.config import ModelConfig, RunConfig
 from biggan.metrics.protocol import differences
 from biggan.metrics.report import Evaluation
@@ -118,42 +119,51 @@ class ModelStore:
         return aliases
 
     def set_alias(self, alias: str, version: str) -> None:
-        """Point an alias at a version, in one atomic step; raises `StorageError`."""
+        """Point an alias at a version, in one atomic step.
+
+        Raises `StorageError`, and `ClaimError` while another command points the model's aliases.
+        """
         if re.fullmatch(r"v[0-9]+", check_name(alias)):
             raise StorageError(
                 f"alias {alias!r} would hide the version of that name: choose another"
             )
         if version not in self.versions():
             raise StorageError(f"model {self.name} has no version {version}")
-        aliases, history = self.aliases(), self._history()
-        current = aliases.get(alias)
-        if current not in (None, version):
-            # Before the alias moves: what is noted in vain does no harm, what is missing would.
-            history[alias] = [*history.get(alias, []), current]
-            self.folder.write_json(HISTORY, history)
-        self.folder.write_json(ALIASES, aliases | {alias: version})
+        # All aliases are in one file: of two that write theirs at once, one would undo the other's.
+        with claimed(self.folder, "given an alias") as claim:
+            aliases, history = self.aliases(), self._history()
+            current = aliases.get(alias)
+            claim.check()
+            if current not in (None, version):
+                # Before the alias moves: what is noted in vain does no harm, what is missing would.
+                history[alias] = [*history.get(alias, []), current]
+                self.folder.write_json(HISTORY, history)
+            self.folder.write_json(ALIASES, aliases | {alias: version})
 
     def roll_back(self, alias: str) -> tuple[str, str]:
         """Point an alias back at the version that it pointed to before.
 
         Returns the version that it leaves and the one that it returns to. Again, it goes back
-        further. Raises `StorageError` if there is no such alias, or it never pointed elsewhere.
+        further. Raises `StorageError` if there is no such alias, or it never pointed elsewhere, and
+        `ClaimError` as `set_alias` does.
         """
-        aliases, history = self.aliases(), self._history()
-        if alias not in aliases:
-            known = ", ".join(aliases) or "none"
+        if alias not in self.aliases():
+            known = ", ".join(self.aliases()) or "none"
             raise StorageError(f"model {self.name} has no alias {alias!r}; there is: {known}")
-        current, versions = aliases[alias], self.versions()
-        earlier = history.get(alias, [])
-        while earlier and (earlier[-1] == current or earlier[-1] not in versions):
-            earlier = earlier[:-1]
-        if not earlier:
-            raise StorageError(
-                f"{self.name}@{alias} is {current}, and was never another version that is still"
-                f" there: there are {', '.join(versions)}"
-            )
-        self.folder.write_json(ALIASES, aliases | {alias: earlier[-1]})
-        self.folder.write_json(HISTORY, history | {alias: earlier[:-1]})
+        with claimed(self.folder, "rolled back") as claim:
+            aliases, history = self.aliases(), self._history()
+            current, versions = aliases[alias], self.versions()
+            earlier = history.get(alias, [])
+            while earlier and (earlier[-1] == current or earlier[-1] not in versions):
+                earlier = earlier[:-1]
+            if not earlier:
+                raise StorageError(
+                    f"{self.name}@{alias} is {current}, and was never another version that is still"
+                    f" there: there are {', '.join(versions)}"
+                )
+            claim.check()
+            self.folder.write_json(ALIASES, aliases | {alias: earlier[-1]})
+            self.folder.write_json(HISTORY, history | {alias: earlier[:-1]})
         return current, earlier[-1]
 
     def _history(self) -> dict[str, list[str]]:
