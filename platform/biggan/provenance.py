@@ -69,9 +69,9 @@ class Verdict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: Status
-    """verified: the recipes give these pixels. altered: they give others. claimed: nothing proves
-    the origin, which says that pixels were changed after G made them, or left 256 colours of them.
-    unknown model: the store has no such model, or other weights under its name."""
+    """verified: the recipes give these pixels. altered: they give others. claimed: nothing
+    proves the origin, as where 256 colours are left of the pixels. unknown model: the store has no
+    such model, or other weights under its name."""
     origin: Origin | None = None
     largest: int | None = None
     """Largest difference, in grey levels, from the picture made again and saved in its format; None
@@ -91,8 +91,7 @@ def describe(origin: Origin) -> str:
         names = [origin.class_names.get(i, str(i)) for i in ids]
         what = f"{len(recipes)} images of {', '.join(names[:10])}{', ...' if names[10:] else ''}"
     resized = "; resized to {}x{}".format(*origin.size) if origin.size else ""
-    changed = "; pixels changed afterwards" if origin.correction else ""
-    return _UNPRINTABLE.sub("?", f"{what[:1000]}, by {origin.model}{resized}{changed}; synthetic")
+    return _UNPRINTABLE.sub("?", f"{what[:1000]}, by {origin.model}{resized}; synthetic")
 
 
 _UNPRINTABLE = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -149,9 +148,8 @@ def _meta(properties: str) -> str:
 
 def _standard(origin: Origin) -> str:
     """What everybody's tools understand."""
-    kind = "compositeWithTrained" if origin.correction else "trained"
     return (
-        f"<Iptc4xmpExt:DigitalSourceType>{SOURCE_TYPES}{kind}AlgorithmicMedia"
+        f"<Iptc4xmpExt:DigitalSourceType>{SOURCE_TYPES}trainedAlgorithmicMedia"
         f"</Iptc4xmpExt:DigitalSourceType><xmp:CreatorTool>{CREATOR}</xmp:CreatorTool>"
         '<dc:description><rdf:Alt><rdf:li xml:lang="x-default">'
         f"{escape(describe(origin))}</rdf:li></rdf:Alt></dc:description>"
@@ -245,6 +243,7 @@ def read_origin(data: bytes) -> Origin | None:
         content = json.loads(_inflated(unescape(found[1].decode())))
         if len(content["recipes"]) > MAX_IMAGES:
             return None
+        content.pop("correction", None)  # Of old files, which said so of pixels changed afterwards.
         for recipe in content["recipes"]:
             for name in recipe.keys() & {"z", "y"}:
                 if isinstance(recipe[name], str):
@@ -340,9 +339,7 @@ def compare(origin: Origin, data: bytes, remade: np.ndarray) -> Verdict:
         return altered(origin, str(error))
     status: Status = "altered"
     said = f"names {origin.model}, but made again"
-    if origin.correction:
-        status, said = "claimed", f"says {origin.model} and pixels changed since: made again"
-    elif largest <= limit:
+    if largest <= limit:
         status, said = "verified", f"made by {origin.model}: made again"
     elif quantized and mean <= PALETTE_MEAN:
         status, said = "claimed", f"names {origin.model}, of 256 colours: made again"

@@ -62,8 +62,6 @@ class Origin(BaseModel):
     """Pixels of the picture along each side of an image's pixel."""
     size: tuple[Side, Side] | None = None
     """Width and height that a picture of one image was resized to, bicubically."""
-    correction: bool = False
-    """Whether pixels were changed after G made them, so that the recipe alone gives others."""
 
     @model_validator(mode="after")
     def _resized_alone(self) -> Origin:

@@ -81,8 +81,7 @@ function showFound({ candidates, seconds, finished }) {
 function candidate(found, i) {
   const src = png(found.image);
   const latent = point(found.latent);
-  const matched = found.corrected ? ", pixels matched" : "";
-  const facts = `${found.psnr.toFixed(1)} dB, class ${found.class}${matched}`;
+  const facts = `${found.psnr.toFixed(1)} dB, class ${found.class}`;
   const act = (text, press) => button(text, press, { ariaLabel: `${text}: candidate ${i + 1}` });
   return element("li", {},
     element("img", { src, alt: `Candidate ${i + 1}` }),
