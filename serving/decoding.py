@@ -25,11 +25,9 @@ import numpy as np
 from PIL import Image
 
 from biggan.data.images import ImageError, opaque_8_bit, standardize
-from biggan.provenance import compare, compare_size
+from biggan.provenance import FORMATS, compare, compare_size
 from biggan.recipe import Origin
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-"""What people have; every other decoder of Pillow's is only one more thing to attack."""
 MAX_PIXELS = 16_000_000
 MAX_ADDRESS_BYTES = 2**30
 MAX_CPU_SECONDS = 5
@@ -54,6 +52,7 @@ def decode(data: bytes, channels: int, side: int) -> np.ndarray:
     shows through what is transparent. Raises `ImageError`, or whatever Pillow raises for a damaged
     file.
     """
+    # Of Pillow's decoders those alone that people need: every other is one more thing to attack.
     image = Image.open(BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height == 0:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from biggan.provenance import Verdict
+from biggan.provenance import SIGNATURE, Verdict
 from biggan.recipe import Origin
 from serving.decoding import ANSWER, READY, REQUEST, UNDECODABLE, comparison
 from serving.problems import ProblemError
@@ -22,8 +22,6 @@ from serving.schemas import MAX_UPLOAD_BYTES, FieldProblem
 
 START_SECONDS = 60
 """For a decoding process to start; 0.2 s on an idle machine."""
-MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL)
-"""How files of `decoding.FORMATS` begin."""
 BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 
@@ -60,7 +58,7 @@ class Decoder:
         """
         if len(data) > MAX_UPLOAD_BYTES:
             raise _too_long(len(data), field)
-        if not MAGIC.match(data):
+        if not SIGNATURE.match(data):
             limit = "must be a PNG, JPEG, WebP or GIF file by its content; save it as one of them"
             raise _problem(415, len(data), field, limit)
         height, width, content = await self._in_turn(

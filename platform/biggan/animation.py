@@ -25,6 +25,7 @@ from PIL import Image
 
 from biggan.errors import UserError
 from biggan.pixels import to_pil
+from biggan.provenance import gif_with
 
 AnimationFormat = Literal["webp", "gif", "mp4"]
 MAX_FPS = 50
@@ -33,10 +34,6 @@ MAX_SIDE = 4096
 """Pixels that decoders of H.264 can be relied on to take."""
 XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
 """The `uuid` box in which an MP4 file carries XMP (ISO 16684-3)."""
-XMP_EXTENSION = b"\x21\xff\x0bXMP DataXMP"
-"""What XMP in a GIF begins with (ISO 16684-3); it ends with `XMP_TRAILER`."""
-XMP_TRAILER = b"\x01" + bytes(range(255, -1, -1)) + b"\x00"
-"""Wherever in it a reader lands that takes the packet for blocks, it is led to the end."""
 
 
 def animate(
@@ -78,9 +75,7 @@ def _webp(frames: np.ndarray, fps: float, scale: int, xmp: bytes | None) -> byte
 def _gif(frames: np.ndarray, fps: float, scale: int, xmp: bytes | None) -> bytes:
     pictures = (_enlarged(_indexed(to_pil(frame)), scale) for frame in frames)
     content = _save(pictures, "GIF", _durations(len(frames), fps, 10))
-    if xmp is None:
-        return content
-    return content[:-1] + XMP_EXTENSION + xmp + XMP_TRAILER + content[-1:]
+    return content if xmp is None else gif_with(xmp, content)
 
 
 def _mp4(frames: np.ndarray, fps: float, scale: int, xmp: bytes | None) -> bytes:

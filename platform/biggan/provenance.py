@@ -42,6 +42,8 @@ MAX_PIXELS = 20_000_000
 Comparing takes 24 bytes a pixel."""
 FORMATS = ("PNG", "WEBP", "JPEG", "GIF")
 """Formats that carry an origin, as Pillow names them."""
+SIGNATURE = re.compile(rb"\x89PNG\r\n\x1a\n|RIFF....WEBP|\xff\xd8\xff|GIF8[79]a", re.DOTALL)
+"""How files of these begin."""
 DEFAULTS: Mapping[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}
 
 # Measured on random generators' images, scanned digits and photographs, of 16 to 64 pixels. Another
@@ -121,7 +123,7 @@ def save(picture: Image.Image, image_format: str, origin: Origin, **options: Any
     carrier = _CARRIERS.get(image_format, lambda _: {})
     picture.save(file, image_format, **DEFAULTS.get(image_format, {}) | carrier(origin) | options)
     content = file.getvalue()
-    return _gif_with(packet(origin), content) if image_format == "GIF" else content
+    return gif_with(packet(origin), content) if image_format == "GIF" else content
 
 
 def packet(origin: Origin) -> bytes:
@@ -209,8 +211,8 @@ def _segment(content: bytes) -> bytes:
 _CARRIERS = {"PNG": _png, "WEBP": lambda origin: {"xmp": packet(origin)}, "JPEG": _jpeg}
 
 
-def _gif_with(xmp: bytes, content: bytes) -> bytes:
-    """A GIF with an XMP packet after its global palette.
+def gif_with(xmp: bytes, content: bytes) -> bytes:
+    """A GIF with an XMP packet after its global palette (ISO 16684-3).
 
     The packet stands there as it is. Who reads it as blocks, each of which begins with its length,
     falls somewhere into the 258 bytes after it, all of which lead to their end.
@@ -225,7 +227,6 @@ def _gif_with(xmp: bytes, content: bytes) -> bytes:
 # XMP packets are made to be found without knowledge of the file around them, so ours is: one
 # pattern for all formats, and no XML is parsed, so that none of its traps can be laid. Who could
 # smuggle an origin past this could as well write one: only pixels prove anything.
-_PICTURE = re.compile(rb"\x89PNG\r\n\x1a\n|RIFF....WEBP|\xff\xd8\xff|GIF8[79]a", re.DOTALL)
 _ORIGIN = re.compile(rb"<biggan:origin>([^<]{1,%d})</biggan:origin>" % (2 * MAX_JSON))
 _SEAM = re.compile(rb"\xff\xe1..http://ns\.adobe\.com/xmp/extension/\0[0-9A-F]{32}.{8}", re.DOTALL)
 """What lies between the parts of an extended XMP packet."""
@@ -236,7 +237,7 @@ def read_origin(data: bytes) -> Origin | None:
 
     Whatever the file, this takes memory in proportion to it and to `MAX_JSON`.
     """
-    found = _PICTURE.match(data) and _ORIGIN.search(_SEAM.sub(b"", data))
+    found = SIGNATURE.match(data) and _ORIGIN.search(_SEAM.sub(b"", data))
     if not found:
         return None
     try:
