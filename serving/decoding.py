@@ -25,10 +25,9 @@ import numpy as np
 from PIL import Image
 
 from biggan.data.images import ImageError, opaque_8_bit, standardize
-from biggan.provenance import FORMATS, compare, compare_size
+from biggan.provenance import FORMATS, MAX_PIXELS, compare, compare_size
 from biggan.recipe import Origin
 
-MAX_PIXELS = 16_000_000
 MAX_ADDRESS_BYTES = 2**30
 MAX_CPU_SECONDS = 5
 UNDECODABLE = "could not be decoded; save it anew, as PNG or JPEG"

@@ -38,8 +38,9 @@ MAX_IMAGES, MAX_JSON = 4096, 2**20
 """Images of an origin, and characters: 1,400 latents of 128 numbers. A longer one is left out when
 written, and not looked at when read."""
 MAX_PIXELS = 20_000_000
-"""Pixels of a picture that is compared, all frames together: a sheet of 64 images of 512 pixels.
-Comparing takes 24 bytes a pixel."""
+"""Pixels of a picture that is compared, all frames together, or uploaded. The largest sheet that an
+endpoint gives, 64 images of 512 pixels with gaps, has 16.9 million, and is to be verified there.
+Comparing takes 24 bytes a pixel, of which `serving.decoding` has 1 GiB."""
 FORMATS = ("PNG", "WEBP", "JPEG", "GIF")
 """Formats that carry an origin, as Pillow names them."""
 SIGNATURE = re.compile(rb"\x89PNG\r\n\x1a\n|RIFF....WEBP|\xff\xd8\xff|GIF8[79]a", re.DOTALL)

@@ -27,9 +27,12 @@ import uvloop
 from PIL import Image, ImageOps
 
 from biggan.data.images import standardize
+from biggan.provenance import lay_out, save
+from biggan.recipe import Origin, Recipe
 from serving.decoding import MAX_ADDRESS_BYTES, MAX_CPU_SECONDS
+from serving.encoding import GAP, SAVE_OPTIONS
 from serving.problems import ProblemError
-from serving.schemas import MAX_UPLOAD_BYTES
+from serving.schemas import MAX_IMAGES, MAX_UPLOAD_BYTES
 from serving.uploads import Decoder, decode_base64
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -430,11 +433,23 @@ def test_the_limit_of_bytes(decode):
 
 
 def test_the_limit_of_pixels(decode):
-    assert decode(png(4000, 4000), "L").shape == (4000, 4000, 1)
-    assert decode(png(4000, 4000), "RGB", 64).shape == (64, 64, 3)
-    refused(decode(png(4000, 4001), "L", 64), 422, "more than 16,000,000 pixels")
-    for large in (saved(Image.new("L", (4001, 4000)), f) for f in ("JPEG", "WEBP", "GIF")):
-        refused(decode(large, "L", 64), 422, "more than 16,000,000 pixels")
+    assert decode(png(5000, 4000), "L").shape == (4000, 5000, 1)
+    assert decode(png(5000, 4000), "RGB", 64).shape == (64, 64, 3)
+    refused(decode(png(5000, 4001), "L", 64), 422, "more than 20,000,000 pixels")
+    for large in (saved(Image.new("L", (4001, 5000)), f) for f in ("JPEG", "WEBP", "GIF")):
+        refused(decode(large, "L", 64), 422, "more than 20,000,000 pixels")
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_the_largest_sheet_that_an_endpoint_gives_is_verified(runner, decoder, image_format):
+    images = np.empty((MAX_IMAGES, 512, 512, 3), np.uint8)
+    images[:] = np.arange(MAX_IMAGES)[:, None, None, None]
+    recipes = [Recipe(classes={0: 1.0}, seed=seed) for seed in range(MAX_IMAGES)]
+    origin = Origin.of("m@v1", "0" * 64, ["cat"], recipes, columns=8, gap=GAP)
+    data = save(lay_out(images, origin), image_format, origin, **SAVE_OPTIONS[image_format.lower()])
+    assert runner.run(decoder.decode(data, mode="RGB")).shape == (4114, 4114, 3)
+    assert runner.run(decoder.compare(origin, data, images[:0])) is None
+    assert runner.run(decoder.compare(origin, data, images)).status == "verified"
 
 
 def test_decompression_bombs(decode, decoder):
@@ -445,7 +460,7 @@ def test_decompression_bombs(decode, decoder):
     text = chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros(900 * 2**20))
     profile = chunk(b"iCCP", b"name\0\0" + zeros(900 * 2**20))
     assert len(zipped) < 2**20
-    refused(decode(png(30000, 30000, rows=zipped)), 422, "more than 16,000,000 pixels")
+    refused(decode(png(30000, 30000, rows=zipped)), 422, "more than 20,000,000 pixels")
     many = chunk(b"zTXt", b"k\0\0" + zeros(2**20)) * 100
     for bomb in (text, profile, many):
         refused(decode(png(8, 8, bomb)), 422)
