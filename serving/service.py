@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import math
 import secrets
 import time
@@ -18,19 +17,23 @@ from typing import Literal, Protocol
 import numpy as np
 from pydantic import BaseModel
 
-from biggan.classes import UnknownClassError, class_id
+from biggan.classes import UnknownClassError, nearest_class
 from biggan.directions import Directions
 from biggan.errors import UserError
 from biggan.inversion import FACTORS, Progress
 from biggan.provenance import Verdict, altered, describe, lay_out, read_origin
 from biggan.recipe import MAX_SIDE, Recipe
+from biggan.reproduction import REFERENCE
 from serving import recipes
 from serving.batching import Busy
 from serving.catalogue import Catalogue, Model
 from serving.encoding import (
+    MAX_MOTION_PIXELS,
+    MAX_SIDES,
     Answer,
     Made,
     base64_text,
+    columns_of,
     encode,
     encode_motion,
     picture_file,
@@ -151,21 +154,24 @@ class Service:
         """Images of a class."""
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         model = await self._find(caller, request.model, seed)
+        columns = _columns(request, request.n, math.ceil(math.sqrt(request.n)), model)
         made = await self._make(caller, model, recipes.generated(request, seed, model))
-        answer = await asyncio.to_thread(
-            encode, made, request.format, request.layout, request.columns
-        )
+        answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
         return made, answer
 
     async def interpolate(self, caller: Caller, request: InterpolateRequest) -> tuple[Made, Answer]:
         """The way from image to image."""
         legs = len(request.stops) - (0 if request.loop else 1)
-        if legs * request.frames + (0 if request.loop else 1) > MAX_FRAMES:
-            limit = f"{legs} times that, and more than {MAX_FRAMES} in all"
+        frames_in_all = legs * request.frames + (0 if request.loop else 1)
+        if frames_in_all > MAX_FRAMES:
+            limit = f"that is {frames_in_all} frames, more than {MAX_FRAMES} in all"
             recipes.refuse("frames", request.frames, limit)
         model = await self._find(caller, request.model, _draw(request, request.stops[0].seed))
         if model.config.resolution * request.scale > MAX_SIDE:
             limit = f"{model.config.resolution} pixels may grow to {MAX_SIDE}"
+            recipes.refuse("scale", request.scale, limit)
+        if frames_in_all * (model.config.resolution * request.scale) ** 2 > MAX_MOTION_PIXELS:
+            limit = f"{frames_in_all} frames have more than {MAX_MOTION_PIXELS:,} pixels in all"
             recipes.refuse("scale", request.scale, limit)
         stops = recipes.stops(request.stops, request.truncation, model)
         frames = await self.painter.walk(model.reference, stops, request.frames, request.loop)
@@ -182,8 +188,8 @@ class Service:
         if request.morph and request.image.y is not None:
             classes = recipes.morph_classes(request, model)
             towards = await self.painter.embedding(model.reference, classes)
+        columns = _columns(request, request.steps, request.steps, model)
         made = await self._make(caller, model, recipes.edited(request, model, towards))
-        columns = request.columns or request.steps
         answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
         return made, answer
 
@@ -226,14 +232,13 @@ class Service:
         side = model.config.resolution
         if isinstance(request, InvertRequest):
             return await self.decoder.decode(data, mode=mode, side=side), 1
+        # Only its size is of use: EXIF may have it turned.
         image = await self.decoder.decode(data, mode=mode)
         fitting = [f for f in FACTORS if f * max(image.shape[:2]) <= side]
         factor = request.factor or max(fitting, default=FACTORS[0])
         if factor not in FACTORS or side // factor < 2:
             recipes.refuse("factor", factor, f"must be 2, 4 or 8, and below {side} pixels")
-        if image.shape[:2] != (side // factor, side // factor):
-            image = await self.decoder.decode(data, mode=mode, side=side // factor)
-        return image, factor
+        return await self.decoder.decode(data, mode=mode, side=side // factor), factor
 
     async def verify(self, caller: Caller, request: VerifyRequest) -> VerifyAnswer:
         """Whether an image came from the models that are served."""
@@ -244,6 +249,8 @@ class Service:
         if origin is None:
             return VerifyAnswer(status="no origin", detail="says nothing of where it came from")
         try:
+            if not REFERENCE.fullmatch(origin.model):
+                raise ProblemError(404, f"model {origin.model[:100]} is not served here")
             model = await self._find(caller, origin.model)
         except ProblemError as error:
             if error.status != 404:
@@ -252,6 +259,7 @@ class Service:
         if model.weights != origin.weights:
             sentence = f"{model.reference} of this store has other weights than the picture names"
             return _verdict(Verdict(status="unknown model", origin=origin, sentence=sentence))
+        origin = origin.named_by(model.config.class_names)
         if len(origin.recipes) > MAX_FRAMES:
             sentence = f"names more than {MAX_FRAMES} images: too many to be made again here"
             return _verdict(Verdict(status="claimed", origin=origin, sentence=sentence))
@@ -272,7 +280,11 @@ class Service:
         size = _size(request)
         seed = secrets.randbelow(2**31)
         model = await self._find(caller, request.model, seed)
-        wanted = await asyncio.to_thread(nearest_class, request.prompt, model)
+        names = model.config.class_names
+        try:
+            wanted = await asyncio.to_thread(nearest_class, request.prompt, names)
+        except UnknownClassError as error:
+            recipes.refuse("prompt", request.prompt, str(error))
         n = request.n or 1
         made = await self._make(
             caller, model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
@@ -357,6 +369,12 @@ class Service:
         except BaseException:
             await self.counts.give_back(key, images)
             raise
+
+
+def _columns(request: GenerateRequest | EditRequest, n: int, row: int, model: Model) -> int:
+    if request.layout != "grid" or request.format not in MAX_SIDES:
+        return request.columns or row
+    return columns_of(n, request.columns, row, model.config.resolution, request.format)
 
 
 async def _first(
@@ -448,30 +466,6 @@ def _verdict(verdict: Verdict) -> VerifyAnswer:
         mean_difference=verdict.mean,
         synthetic=True if verdict.status == "verified" else None,
     )
-
-
-def nearest_class(prompt: str, model: Model) -> int:
-    """The class that a prompt names, or that its words come nearest to; raises `ProblemError`."""
-    names = model.config.class_names
-    if prompt.strip() in names:
-        return names.index(prompt.strip())
-    lowered = {name.lower(): i for i, name in enumerate(names)}
-    words = prompt.lower().replace(",", " ").replace(".", " ").split()
-    spans = [
-        " ".join(words[i : i + length])
-        for length in range(min(len(words), 4), 0, -1)
-        for i in range(len(words) - length + 1)
-    ]
-    for span in spans:  # Longer ones first: "polar bear" before "bear".
-        if span in lowered:
-            return lowered[span]
-    for span in spans:
-        if near := difflib.get_close_matches(span, lowered, n=1, cutoff=0.75):
-            return lowered[near[0]]
-    try:
-        return class_id(prompt.strip(), names)
-    except UnknownClassError as error:
-        recipes.refuse("prompt", prompt, str(error))
 
 
 def _size(request: ImagesRequest) -> tuple[int, int] | None:

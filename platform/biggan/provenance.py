@@ -312,6 +312,9 @@ def compare_size(origin: Origin, data: bytes, resolution: int) -> Verdict | None
     try:
         with _opened(data) as image:
             size, frames = image.size, _frames(image)
+    except TooLargeError as error:
+        sentence = f"names {origin.model}, but {error}: too many to be compared"
+        return Verdict(status="claimed", origin=origin, sentence=sentence)
     except UserError as error:
         return altered(origin, str(error))
     n, side = len(origin.recipes), resolution * origin.scale
@@ -355,6 +358,10 @@ def altered(origin: Origin, why: str) -> Verdict:
     return Verdict(status="altered", origin=origin, sentence=f"names {origin.model}, but {why}")
 
 
+class TooLargeError(UserError):
+    """A picture of more than `MAX_PIXELS`."""
+
+
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """A picture, not yet decoded; raises `UserError` for what is none, too large, or damaged."""
@@ -362,7 +369,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             pixels = image.width * image.height * _frames(image)
             if pixels > MAX_PIXELS:
-                raise UserError(f"its {pixels:,} pixels are more than {MAX_PIXELS:,}")
+                raise TooLargeError(f"its {pixels:,} pixels are more than {MAX_PIXELS:,}")
             yield image
     except UserError:
         raise
@@ -394,6 +401,8 @@ def _difference(a: Image.Image, b: Image.Image) -> tuple[int, float]:
     """The largest and the mean difference of two pictures of one size, in grey levels."""
     if _frames(a) != _frames(b):
         raise UserError(f"it has {_frames(a)} frames instead of {_frames(b)}")
+    if a.mode.startswith(("I", "F")):  # Which Pillow would cut off at 255.
+        raise UserError("its pixels have more than 8 bits")
     largest, total = 0, 0.0
     for frame in range(_frames(a)):
         a.seek(frame)

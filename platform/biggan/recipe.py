@@ -83,3 +83,8 @@ class Origin(BaseModel):
         return cls(
             model=model, weights=weights, class_names=spoken_of, recipes=tuple(recipes), **layout
         )
+
+    def named_by(self, class_names: Sequence[str]) -> Origin:
+        """The same, with the names that the model has for the classes: a file may say any."""
+        spoken_of = {i for recipe in self.recipes for i in recipe.classes if i < len(class_names)}
+        return self.model_copy(update={"class_names": {i: class_names[i] for i in spoken_of}})

@@ -19,7 +19,8 @@ from biggan.provenance import Verdict, altered, compare, compare_size, read_orig
 from biggan.recipe import Origin, Recipe
 from biggan.synthesis import synthesize
 
-_REFERENCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,199})@(v[0-9]{1,9})")
+REFERENCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,199})@(v[0-9]{1,9})")
+"""NAME@VERSION, as every picture of ours names its model; no path."""
 
 
 class UnknownModelError(UserError):
@@ -41,7 +42,7 @@ def find_generator(origin: Origin, root: str | None = None) -> Generator:
 
     A stranger's file may name anything, so that only NAME@VERSION is looked for, and no path.
     """
-    found = _REFERENCE.fullmatch(origin.model)
+    found = REFERENCE.fullmatch(origin.model)
     store = ModelStore(found[1], root) if found else None
     if not (found and store and found[2] in store.versions()):
         raise UnknownModelError(f"model {origin.model[:100]} is not in the store")
@@ -71,6 +72,7 @@ def verify(data: bytes, root: str | None = None) -> Verdict:
         G = find_generator(origin, root)
     except UnknownModelError as error:
         return Verdict(status="unknown model", origin=origin, sentence=str(error))
+    origin = origin.named_by(G.class_names)
     if verdict := compare_size(origin, data, G.resolution):
         return verdict
     try:

@@ -22,6 +22,7 @@ from biggan.provenance import read_origin, save
 from biggan.recipe import Origin, Recipe
 from biggan.reproduction import verify
 from biggan.synthesis import synthesize
+from serving.encoding import MAX_SIDES
 
 PROBLEM = "application/problem+json"
 
@@ -458,6 +459,46 @@ def test_a_file_that_names_what_no_model_can_make(endpoint, service, grey, recip
     answer = verified(endpoint, content)
     assert answer["status"] == "altered"
     assert "cannot have made it" in answer["detail"]
+
+
+def test_a_sheet_is_as_wide_and_high_as_its_format_can_be(endpoint, monkeypatch):
+    monkeypatch.setitem(MAX_SIDES, "webp", 100)  # 5 images of 16 pixels, and 2 around each.
+    body = {"class": 3, "seed": 1, "n": 12, "format": "webp"}
+    for columns, status in ((2, 422), (3, 200), (5, 200), (6, 422)):
+        answer = post(endpoint, "generate", body | {"columns": columns})
+        assert answer.status_code == status
+        if status == 422:
+            assert "columns" in answer.json()["detail"]
+            assert "12 images of 16 pixels as webp go into 3 to 5 columns" in answer.text
+    for more in ({"format": "png"}, {"layout": "zip"}):
+        answer = post(endpoint, "generate", body | {"columns": 12} | more)
+        assert answer.status_code == 200
+    edit = {"image": {"class": 3, "seed": 1}, "edits": {"0": 2}, "steps": 12, "format": "webp"}
+    picture = Image.open(io.BytesIO(post(endpoint, "edit", edit).content))
+    assert picture.size == (5 * 18 + 2, 3 * 18 + 2)
+
+
+def test_an_animation_has_a_bound_of_pixels(endpoint, monkeypatch):
+    monkeypatch.setattr("serving.service.MAX_MOTION_PIXELS", 8 * 32**2)
+    body = {"stops": [{"class": 3, "seed": 1}, {"class": 8, "seed": 2}], "frames": 4}
+    assert post(endpoint, "interpolate", body | {"scale": 2}).status_code == 200
+    answer = post(endpoint, "interpolate", body | {"scale": 3})
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "scale = 3: 8 frames have more than 8,192 pixels in all"
+
+
+def test_a_small_picture_is_turned_as_it_says(endpoint):
+    pixels = np.repeat([255, 0], 4).astype(np.uint8)[:, None] * np.ones((1, 8), np.uint8)
+    brightness = {}
+    for turned in (False, True):
+        picture, file = Image.fromarray(np.flipud(pixels) if turned else pixels), io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 3 if turned else 1  # Upside down.
+        picture.save(file, "PNG", exif=exif)
+        body = {"image": as_base64(file.getvalue()), "factor": 2, "candidates": 1, "class": 3}
+        [found] = post(endpoint, "upscale", body).json()["candidates"]
+        brightness[turned] = listed({"images": [found]})
+    assert grey_levels(brightness[True], brightness[False]) <= 1
 
 
 def test_an_image_of_nobodys(endpoint):
