@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -59,18 +60,30 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] == "http" and scope["path"].startswith(self.prefix):
+            headers = Headers(scope=scope)
             try:
-                scope.setdefault("state", {})["key"] = self.guard.admit(Headers(scope=scope))
-                # Should it be made to listen elsewhere after all, as by a file for `serve deploy`.
-                if self.guard.keys is None and not _is_loopback(
-                    (scope.get("client") or ("", 0))[0]
-                ):
-                    raise ProblemError(403, "this endpoint is open to its own machine alone")
+                scope.setdefault("state", {})["key"] = self.guard.admit(headers)
+                if self.guard.keys is None:
+                    _check_nearness((scope.get("client") or ("", 0))[0], headers.get("Host", ""))
             except ProblemError as e:
                 refusal = problem_response(e.status, e.detail, e.errors, e.headers)
                 await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def _check_nearness(client: str, host: str) -> None:
+    """Raise `ProblemError` 403 for who is not of this machine, where there are no keys.
+
+    It may have been made to listen elsewhere after all, as by a file for `serve deploy`. And
+    another site's page, in a browser of this machine, may have had its name lead here (DNS
+    rebinding): the browser then tells that name.
+    """
+    if not _is_loopback(client):
+        raise ProblemError(403, "this endpoint is open to its own machine alone")
+    name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+    if not _is_loopback(name):
+        raise ProblemError(403, f"this endpoint is open as localhost alone, not as {host[:100]}")
 
 
 def check_exposure(host: str, no_auth: bool) -> None:

@@ -244,6 +244,25 @@ def test_an_open_endpoint_is_open_to_this_machine_alone(grey):
     assert "its own machine" in outside.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "host,status",
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8000", 200),
+        ("[::1]", 200),
+        ("evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("", 403),
+    ],
+)
+def test_an_open_endpoint_answers_to_its_own_names_alone(grey, host, status):
+    with served(new_service(["grey"])) as url:
+        answer = requests.get(f"{url}/v1/classes", headers={"Host": host}, timeout=60)
+    assert answer.status_code == status
+    assert status == 200 or "open as localhost alone" in answer.json()["detail"]
+
+
 def test_the_openai_client_works_unchanged(closed, secrets, grey):
     client = openai.OpenAI(base_url=f"{closed}/v1", api_key=secrets["alice"], max_retries=0)
     made = client.images.generate(
