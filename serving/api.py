@@ -9,14 +9,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Query, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.datastructures import Headers
-from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.door import SECURITY, Door, RequireKey
@@ -24,6 +23,7 @@ from serving.encoding import MEDIA_TYPES, Answer, Made
 from serving.ingress import TURNED_AWAY, gated
 from serving.keys import Keys
 from serving.ledger import Reporter, Served, TurnedAway
+from serving.pages import add_pages
 from serving.problems import ProblemError, install
 from serving.schemas import (
     MAX_UPLOAD_BODY_BYTES,
@@ -51,8 +51,6 @@ from serving.schemas import (
 from serving.service import Caller, Service
 
 logger = logging.getLogger("ray.serve")
-
-PAGE = Path(__file__).parent / "page"
 
 DESCRIPTION = """\
 Images of the best generators in a model store.
@@ -197,8 +195,7 @@ class Api:
             response_class=PlainTextResponse,
             openapi_extra=SECURED,
         )
-        self.open.add_api_route("/", self.page, include_in_schema=False)
-        self.open.add_api_route("/page/{file}", self.page, include_in_schema=False)
+        add_pages(self.open)
 
     def _post(
         self, path: str, route: Callable[..., Any], answers: dict[int | str, Any] | None
@@ -303,22 +300,8 @@ class Api:
         """Requests, latency, images and batches, for Prometheus."""
         return Response(await self.service.counts.metrics(), media_type=PROMETHEUS)
 
-    async def page(self, file: str = "index.html") -> Response:
-        """The page, for people."""
-        if not (file.replace(".", "").isalnum() and (PAGE / file).is_file()):
-            raise ProblemError(404, f"no such page: {file[:100]}")
-        return FileResponse(PAGE / file, headers=PAGE_HEADERS)
-
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
-    " img-src 'self' blob: data:; media-src blob:; connect-src 'self'; base-uri 'none';"
-    " form-action 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 class Observe:
@@ -373,7 +356,9 @@ def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastA
 
     Without `keys` everybody is let in.
     """
-    app = FastAPI(title="BigGAN endpoint", description=DESCRIPTION, version="1")
+    app = FastAPI(
+        title="BigGAN endpoint", description=DESCRIPTION, version="1", docs_url=None, redoc_url=None
+    )
     guard = RequireKey(keys)
     api = Api(service, guard)
     app.include_router(api.closed)  # First, as routes are tried in their order.

@@ -358,6 +358,22 @@ def test_a_link_gives_the_same_view(page, open_page, api, served):
     assert again.url == page.url
 
 
+def test_the_description_needs_no_other_machine(page, page_url):
+    page.goto(f"{page_url}/docs")
+    operations = page.locator(".opblock")
+    operations.first.wait_for()
+    document = requests.get(f"{page_url}/openapi.json", timeout=60).json()
+    assert operations.count() == sum(map(len, document["paths"].values()))
+    generate = operations.filter(has_text="/v1/generate")
+    generate.click()
+    generate.get_by_role("button", name="Try it out").click()
+    generate.get_by_role("button", name="Execute").click()
+    picture = generate.locator("img")
+    picture.wait_for()
+    assert picture.evaluate("one => one.decode().then(() => one.naturalWidth)") > 0
+    assert page.trouble == []
+
+
 def test_every_control_is_reached_by_tab_and_named(page, upload):
     choose_stops(page, 0, 1)
     page.get_by_role("button", name="Mix in a class").click()

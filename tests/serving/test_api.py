@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import random
+import re
 import string
 import threading
 import zipfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+from local_endpoint import served
 from PIL import Image
 
 import biggan
@@ -23,6 +25,7 @@ from biggan.recipe import Origin, Recipe
 from biggan.reproduction import verify
 from biggan.synthesis import synthesize
 from serving.encoding import MAX_SIDES
+from serving.keys import Keys
 
 PROBLEM = "application/problem+json"
 
@@ -340,6 +343,7 @@ def test_other_errors_are_problems_too(endpoint):
         ("POST", "/v1/classes", 405),
         ("GET", "/page/..%2fapi.py", 404),
         ("GET", "/page/nothing.js", 404),
+        ("GET", "/redoc", 404),
     ):
         response = requests.request(method, endpoint + path, timeout=60)
         assert response.status_code == status
@@ -347,8 +351,18 @@ def test_other_errors_are_problems_too(endpoint):
         assert response.json()["status"] == status
 
 
+def test_pages_are_open_to_all_and_load_nothing_from_elsewhere(service):
+    with served(service, Keys()) as url:
+        for path in ("/", "/docs"):
+            answer = requests.get(url + path, timeout=60)
+            assert answer.status_code == 200
+            rules = answer.headers["Content-Security-Policy"]
+            assert "default-src 'none'; script-src 'self'; style-src 'self';" in rules
+            for file in re.findall('(?:src|href)="(page/[^"]+)"', answer.text):
+                assert requests.get(f"{url}/{file}", timeout=60).status_code == 200
+
+
 def test_every_example_of_the_openapi_document_works(endpoint):
-    assert "swagger" in requests.get(f"{endpoint}/docs", timeout=60).text
     document = requests.get(f"{endpoint}/openapi.json", timeout=60).json()
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
