@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,6 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.schemas import MAX_BODY_BYTES, FieldProblem, Problem
 
 logger = logging.getLogger("ray.serve")
+
+MAX_ERRORS = 20
+"""Fields that one answer tells of."""
+MAX_LIMITS = 5
+"""Of a field: one for each of its types, or of what it holds."""
+MAX_TEXT = 100
+"""Characters that are told back of what a client sent."""
+PIECEWISE = json.JSONEncoder(ensure_ascii=False)
 
 
 class ProblemError(Exception):
@@ -62,8 +71,11 @@ def install(app: FastAPI, limits: Mapping[str, int] | None = None) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_request: Request, error: RequestValidationError) -> Response:
         found = _field_problems(error.errors())
-        detail = "; ".join(f"{e.field} = {e.value!r}: {e.limit}" for e in found)
-        return problem_response(422, detail, found)
+        told = found[:MAX_ERRORS]
+        detail = "; ".join(f"{e.field} = {e.value!r}: {e.limit}" for e in told)
+        if more := len(found) - len(told):
+            detail += f"; and {more} more"
+        return problem_response(422, detail, told)
 
     @app.exception_handler(HTTPException)
     async def on_http(_request: Request, error: HTTPException) -> Response:
@@ -80,20 +92,28 @@ def install(app: FastAPI, limits: Mapping[str, int] | None = None) -> None:
 
 def _field_problems(entries: Sequence[dict[str, Any]]) -> list[FieldProblem]:
     """What is wrong, field by field; a field of several types has one entry for all of them."""
-    found: dict[str, FieldProblem] = {}
+    values: dict[str, Any] = {}
+    limits: dict[str, list[str]] = {}
     for entry in entries:
         if entry["type"] == "json_invalid":
             limit = f"must be JSON: {entry['ctx']['error']} at position {entry['loc'][-1]}"
             return [FieldProblem(field="body", value=None, limit=limit)]
         # The first part says where in the request, a type's name may come last.
-        field = str(entry["loc"][1] if len(entry["loc"]) > 1 else entry["loc"][0])
+        field = _short(str(entry["loc"][1] if len(entry["loc"]) > 1 else entry["loc"][0]))
         limit = "no such field; see /docs" if entry["type"] == "extra_forbidden" else entry["msg"]
-        if field in found:
-            limit = f"{found[field].limit}, or {limit[0].lower()}{limit[1:]}"
-        found[field] = FieldProblem(
-            field=field, value=_presentable(entry.get("input")), limit=limit
-        )
-    return list(found.values())
+        if field not in values:
+            values[field], limits[field] = _presentable(entry.get("input")), []
+        if limit not in limits[field] and len(limits[field]) < MAX_LIMITS:
+            limits[field].append(limit)
+    return [
+        FieldProblem(field=field, value=value, limit=_any(limits[field]))
+        for field, value in values.items()
+    ]
+
+
+def _any(limits: Sequence[str]) -> str:
+    first, *others = limits
+    return ", or ".join([first, *(f"{limit[0].lower()}{limit[1:]}" for limit in others)])
 
 
 def _presentable(value: Any) -> Any:
@@ -102,8 +122,15 @@ def _presentable(value: Any) -> Any:
         return value
     if isinstance(value, int) and abs(value) < 2**63:
         return value
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if not isinstance(value, str):  # As JSON, no more than is told: it may be megabytes.
+        value = "".join(islice(PIECEWISE.iterencode(value), MAX_TEXT + 1))
+    return _short(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
 
 
 class BodyLimit:

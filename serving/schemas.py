@@ -18,6 +18,8 @@ MAX_UPLOAD_BYTES = 8 * 1024 * 1024
 """Of an uploaded image file."""
 MAX_UPLOAD_BODY_BYTES = MAX_UPLOAD_BYTES * 4 // 3 + MAX_BODY_BYTES
 """Of a request with one, in base64."""
+MAX_FIELDS = 64
+"""Of an object: several times what any has. Each unknown one would be an error of its own."""
 MAX_LATENT = 4096
 MAX_MIXED = 16
 """Classes of a mixture."""
@@ -41,9 +43,12 @@ ModelName = Annotated[
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._-]*)?$",
     ),
 ]
-Latent = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=MAX_LATENT)]
-Mixture = Annotated[dict[ClassName, Weight], Field(min_length=1, max_length=MAX_MIXED)]
-Edits = Annotated[dict[ClassName, Finite], Field(max_length=MAX_EDITS)]
+# What may hold thousands is looked at no further than to the first that is wrong.
+Latent = Annotated[tuple[Finite, ...], Field(max_length=MAX_LATENT, fail_fast=True)]
+Mixture = Annotated[
+    dict[ClassName, Weight], Field(min_length=1, max_length=MAX_MIXED, fail_fast=True)
+]
+Edits = Annotated[dict[ClassName, Finite], Field(max_length=MAX_EDITS, fail_fast=True)]
 
 PictureFormat = Literal["png", "webp", "jpeg"]
 ImageFormat = Literal["png", "webp", "jpeg", "numpy", "json"]
@@ -51,10 +56,21 @@ Layout = Literal["grid", "list", "zip"]
 MotionFormat = Literal["webp", "gif", "mp4", "png", "numpy", "zip", "json"]
 
 
-class Request(BaseModel):
-    """What requests have in common: unknown fields are errors."""
+class Strict(BaseModel):
+    """What clients send: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+            raise ValueError(f"{len(given):,} fields; see /docs for those that there are")
+        return given
+
+
+class Request(Strict):
+    """What requests have in common."""
 
     model: ModelName | None = Field(
         None,
@@ -118,10 +134,8 @@ class GenerateRequest(Sampled):
     )
 
 
-class Point(BaseModel):
+class Point(Strict):
     """An image to start from: a class and a seed, or a latent that the endpoint gave."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     class_: ClassName | ClassId | Mixture | None = Field(
         None,
@@ -182,10 +196,8 @@ class InterpolateRequest(Sampled):
     )
 
 
-class Morph(BaseModel):
+class Morph(Strict):
     """Towards another class."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     class_: ClassName | ClassId | Mixture = CLASS_FIELD
     amount: Annotated[float, Field(strict=True, ge=0, le=1)] = Field(
@@ -310,12 +322,10 @@ class ImagesRequest(BaseModel):
     user: str | None = None
 
 
-class VerifyRequest(BaseModel):
+class VerifyRequest(Strict):
     """An image whose origin is in question."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"image": EXAMPLE_PNG}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"image": EXAMPLE_PNG}]})
 
     image: str = BASE64_FIELD
 

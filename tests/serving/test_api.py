@@ -246,6 +246,7 @@ def test_a_seed_gives_the_same_image_whatever_it_is_batched_with(endpoint, grey)
         ("edit", {"image": {"class": 3}}, "image", "either seed or z"),
         ("edit", {"image": {"seed": 3}}, "image", "give a class, or y"),
         ("edit", {"image": {"class": 3, "z": [1.0]}}, "image.z", "24 numbers"),
+        ("edit", {"image": {"class": 3, "z": []}}, "image.z", "24 numbers"),
         ("edit", {"image": {"y": [1.0], "seed": 1}}, "image.y", "128 numbers"),
         ("edit", {"image": {"class": 3, "z": [1e5]}}, "image", "less than or equal to"),
         ("edit", {"image": {"class": 3, "seed": 1}, "morph": {}}, "morph", "required"),
@@ -275,6 +276,28 @@ def test_a_wrong_field_is_named_with_its_limit(endpoint, path, body, field, said
     assert problem["status"] == 422
     assert field in [error["field"] for error in problem["errors"]]
     assert said in str(problem["errors"])
+
+
+@pytest.mark.parametrize(
+    "path,body,said",
+    [
+        ("invert", {f"{i:05x}": 0 for i in range(100_000)}, "100,000 fields"),
+        ("generate", {f"no{i}": 0 for i in range(40)}, "; and 21 more"),
+        ("generate", {"no" * 20_000: 0}, "no such field"),
+        ("generate", {"class": {f"{i}": "" for i in range(5000)}}, "a valid number"),
+        ("generate", {"class": 3, "edits": {f"{i}": "" for i in range(5000)}}, "a valid number"),
+        ("edit", {"image": {"class": 3, "z": ["x"] * 12_000}}, "a valid number"),
+        ("interpolate", {"stops": [{f"no{i}": 0 for i in range(60)}] * 16}, "no such field"),
+        ("invert", {"image": [0] * 1_000_000}, "a valid string"),
+    ],
+)
+def test_a_heap_of_mistakes_gets_a_short_answer(endpoint, path, body, said):
+    response = post(endpoint, path, body)
+    assert response.status_code == 422
+    assert len(response.content) < 5000
+    problem = response.json()
+    assert said in problem["detail"]
+    assert len(problem["errors"]) <= 20
 
 
 @pytest.mark.parametrize(
