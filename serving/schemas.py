@@ -239,8 +239,7 @@ class EditRequest(Sampled):
 
 BASE64_FIELD: Any = Field(
     min_length=1,
-    max_length=MAX_UPLOAD_BYTES * 4 // 3 + 200,
-    description="An image file (PNG, JPEG, WebP, GIF, BMP) in base64, or as a data: URL.",
+    description="An image file (PNG, JPEG, WebP, GIF) of up to 8 MiB in base64, or as a data: URL.",
 )
 EXAMPLE_PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAARklEQVR42jXGMRGAIAAAwD/OHRpoE2hiBM8EVLCB"

@@ -26,6 +26,7 @@ from biggan.reproduction import verify
 from biggan.synthesis import synthesize
 from serving.encoding import MAX_SIDES
 from serving.keys import Keys
+from serving.schemas import MAX_UPLOAD_BYTES
 
 PROBLEM = "application/problem+json"
 
@@ -548,6 +549,22 @@ def test_an_image_of_nobodys(endpoint):
         assert response.headers["Content-Type"] == PROBLEM
     response = post(endpoint, "verify", {"image": "?"})
     assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "image")
+
+
+@pytest.mark.parametrize("path", ["invert", "upscale", "verify"])
+@pytest.mark.parametrize("more", [1, 300, 40_000])
+def test_an_upload_that_is_too_long_is_told_so(endpoint, path, more):
+    response = post(endpoint, path, {"image": as_base64(bytes(MAX_UPLOAD_BYTES + more))})
+    assert response.status_code == 413
+    assert response.headers["Content-Type"] == PROBLEM
+    response = post(endpoint, path, {"image": as_base64(bytes(MAX_UPLOAD_BYTES))})
+    assert response.status_code == 415
+    [found] = response.json()["errors"]
+    assert "PNG, JPEG, WebP or GIF" in found["limit"]
+    document = requests.get(f"{endpoint}/openapi.json", timeout=60).json()
+    name = f"{path.title()}Request"
+    told = document["components"]["schemas"][name]["properties"]["image"]["description"]
+    assert "(PNG, JPEG, WebP, GIF)" in told
 
 
 def test_the_client(endpoint, grey):
