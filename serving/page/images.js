@@ -75,7 +75,7 @@ export function mark() {
 
 /** What the API takes for a stop, or for an image to edit, of a latent that it gave. */
 export function point({ class: weights, seed, z, y, edits = {} }) {
-  const names = Object.keys(weights);
+  const names = Object.keys(weights ?? {}); // None where `y` alone was given.
   const made = { class: names.length === 1 ? names[0] : weights };
   Object.assign(made, z ? { z: z.map(round) } : { seed });
   if (y) made.y = y.map(round);
@@ -84,6 +84,7 @@ export function point({ class: weights, seed, z, y, edits = {} }) {
 }
 
 function classText({ class: weights }) {
+  if (!weights) return "of its own";
   return Object.entries(weights).map(([name, weight]) =>
     weight === 1 ? name : `${Math.round(100 * weight)} % ${name}`).join(" + ");
 }

@@ -66,7 +66,7 @@ on("model", "change", ({ target }) => loading.run(async (signal) => {
   const classes = state.classes.filter(([name]) => known(name));
   const names = served.directions.map(({ name }) => name);
   const stops = state.stops.filter((stop) => "seed" in stop && [stop.class].flatMap(
-    (of) => (typeof of === "string" ? of : Object.keys(of))).every(known));
+    (of) => (typeof of === "string" ? of : Object.keys(of ?? {}))).every(known));
   if (stops.length < state.stops.length) say(`Stops that ${state.model} cannot make are gone.`);
   update({
     classes: classes.length ? classes : [[served.classes[0], 1]],

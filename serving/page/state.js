@@ -14,6 +14,27 @@ const DEFAULTS = {
   loop: true,
 };
 
+const { isFinite } = Number; // JSON.parse makes Infinity of 1e999.
+const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+const isList = (value, of) => Array.isArray(value) && value.every(of);
+const isWeighed = (value) =>
+  Array.isArray(value) && typeof value[0] === "string" && isFinite(value[1]);
+
+/** Whether a value from a link is such that the page can show it; the endpoint judges the rest. */
+const KINDS = {
+  model: (value) => typeof value === "string",
+  classes: (value) => isList(value, isWeighed),
+  truncation: (value) => value === null || isFinite(value),
+  seed: isFinite,
+  n: isFinite,
+  edits: (value) => isObject(value) && Object.values(value).every(isFinite),
+  image: (value) => value === null || isObject(value),
+  stops: (value) => isList(value, isObject),
+  frames: isFinite,
+  fps: isFinite,
+  loop: (value) => typeof value === "boolean",
+};
+
 export const state = structuredClone(DEFAULTS);
 
 /** What the endpoint said of the model in use. */
@@ -52,13 +73,12 @@ function toFragment() {
 
 /** Sets the state from a link; what is not of the right kind there stays as it is by default. */
 export function readFragment() {
-  const kind = (value) => (Array.isArray(value) ? "list" : typeof value);
   Object.assign(state, structuredClone(DEFAULTS));
   for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
+    if (!Object.hasOwn(KINDS, name)) continue;
     try {
       const value = name === "model" ? text : JSON.parse(text);
-      const optional = value === null || DEFAULTS[name] === null;
-      if (name in DEFAULTS && (optional || kind(value) === kind(DEFAULTS[name]))) state[name] = value;
+      if (KINDS[name](value)) state[name] = value;
     } catch {} // A damaged link gives what it can.
   }
 }

@@ -358,6 +358,39 @@ def test_a_link_gives_the_same_view(page, open_page, api, served):
     assert again.url == page.url
 
 
+DAMAGED = [
+    *(f"{name}=null" for name in ("classes", "seed", "n", "edits", "stops", "fps", "loop")),
+    *("classes=[null]", "classes=[[3,1]]", 'classes=[["digit 0"]]', 'classes=[["digit 0","x"]]'),
+    *("stops=[null]", "stops=[3]", 'stops={"0":1}', "image=3", "image=[]", 'edits={"0":"x"}'),
+    *("n={}", "seed=1e999", 'truncation="x"', "toString=1", "__proto__=null", "%=%&&=", "null"),
+]
+
+
+@pytest.mark.parametrize("fragment", DAMAGED)
+def test_a_damaged_link_gives_what_it_can(open_page, api, served, fragment):
+    page = open_page(f"frames=20&{fragment}")
+    page.locator(".tile img").first.wait_for()
+    shows(page, from_api(api, first(served)))
+    assert page.get_by_label("Frames between stops").input_value() == "20"
+    assert page.trouble == []
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        *("n=-1", "image={}", "stops=[{}]", 'classes=[["x",-1]]', 'classes=[["",0]]', "model="),
+        *("frames=1e308", 'stops=[{"seed":1},{"y":[0]}]', 'edits={"x":1}', "truncation=-5"),
+    ],
+)
+def test_from_what_the_endpoint_refuses_another_link_leads_on(open_page, api, served, fragment):
+    page = open_page(fragment)
+    page.wait_for_timeout(500)
+    page.evaluate("location.hash = 'seed=2'")
+    page.locator(".tile img").first.wait_for()
+    shows(page, from_api(api, first(served, seed=2)))
+    assert [one for one in page.trouble if "Failed to load resource" not in one] == []
+
+
 def test_the_description_needs_no_other_machine(page, page_url):
     page.goto(f"{page_url}/docs")
     operations = page.locator(".opblock")
