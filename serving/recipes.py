@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from biggan.classes import UnknownClassError, class_id
@@ -11,7 +11,17 @@ from biggan.recipe import Recipe
 from biggan.truncation import TruncationTables
 from serving.catalogue import Model
 from serving.problems import ProblemError
-from serving.schemas import EditRequest, FieldProblem, GenerateRequest, LatentAnswer, Point
+from serving.schemas import (
+    MAX_EDITS,
+    MAX_MIXED,
+    MAX_SEED,
+    MAX_STRENGTH,
+    EditRequest,
+    FieldProblem,
+    GenerateRequest,
+    LatentAnswer,
+    Point,
+)
 
 ClassField = str | int | Mapping[str, float]
 
@@ -19,6 +29,8 @@ ClassField = str | int | Mapping[str, float]
 def generated(request: GenerateRequest, seed: int, model: Model) -> list[Recipe]:
     """The recipes of images of a class, from consecutive seeds."""
     check_truncation(request.truncation, model)
+    if seed + request.n - 1 > MAX_SEED:
+        refuse("seed", seed, f"with n = {request.n}, seeds go on beyond {MAX_SEED}")
     classes = mixture("class", request.class_, model)
     edits = directions("edits", request.edits, model)
     return [
@@ -30,7 +42,9 @@ def generated(request: GenerateRequest, seed: int, model: Model) -> list[Recipe]
 def stops(points: Sequence[Point], truncation: float | None, model: Model) -> list[Recipe]:
     """The recipes of an interpolation's stops."""
     check_truncation(truncation, model)
-    return [at(f"stops.{i}", point, truncation, model) for i, point in enumerate(points)]
+    recipes = [at(f"stops.{i}", point, truncation, model) for i, point in enumerate(points)]
+    _check_classes("stops", {name for recipe in recipes for name in recipe.classes})
+    return recipes
 
 
 def edited(
@@ -46,6 +60,9 @@ def edited(
     wanted = directions("edits", request.edits, model)
     morph = morph_classes(request, model)
     amount = request.morph.amount if request.morph else 0.0
+    _check_edits("edits", _sum((start.edits, 1.0), (wanted, 1.0)))
+    if start.y is None:
+        _check_classes("morph", {*start.classes, *morph})
     recipes = []
     for step in range(request.steps):
         part = step / (request.steps - 1) if request.steps > 1 else 1.0
@@ -123,7 +140,24 @@ def directions(field: str, edits: Mapping[str, float], model: Model) -> dict[int
                 )
             index = int(name)
         found[index] = found.get(index, 0.0) + strength
+    _check_edits(field, found)
     return {index: strength for index, strength in found.items() if strength}
+
+
+def _check_edits(field: str, edits: Mapping[int, float]) -> None:
+    """Refuse edits that, being told, could not be sent back."""
+    if len(edits) > MAX_EDITS:
+        refuse(field, len(edits), f"directions in all: {MAX_EDITS} at most")
+    for index, strength in edits.items():
+        if abs(strength) > MAX_STRENGTH:
+            limit = f"in all along direction {index}: at most {MAX_STRENGTH:g} either way"
+            refuse(field, strength, limit)
+
+
+def _check_classes(field: str, classes: Collection[int]) -> None:
+    """Refuse mixtures that, being told, could not be sent back."""
+    if len(classes) > MAX_MIXED:
+        refuse(field, len(classes), f"classes in all: {MAX_MIXED} at most")
 
 
 def check_truncation(truncation: float | None, model: Model) -> None:
@@ -139,8 +173,10 @@ def check_truncation(truncation: float | None, model: Model) -> None:
 def told(recipe: Recipe, model: Model) -> LatentAnswer:
     """A recipe as clients are told it, such that they can send it back."""
     names = model.config.class_names
+    # No number is so small that it cannot become 0, as in a mixture's weight among large ones.
+    weights = {names[i]: weight for i, weight in recipe.classes.items() if weight}
     return LatentAnswer(
-        class_={names[i]: weight for i, weight in recipe.classes.items()},
+        class_=weights or None,
         seed=recipe.seed,
         z=None if recipe.z is None else list(recipe.z),
         y=None if recipe.y is None else list(recipe.y),

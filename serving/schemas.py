@@ -21,15 +21,25 @@ MAX_UPLOAD_BODY_BYTES = MAX_UPLOAD_BYTES * 4 // 3 + MAX_BODY_BYTES
 MAX_FIELDS = 64
 """Of an object: several times what any has. Each unknown one would be an error of its own."""
 MAX_LATENT = 4096
-MAX_MIXED = 16
-"""Classes of a mixture."""
-MAX_EDITS = 16
+MAX_MIXED = 256
+"""Classes of a mixture: as many as two of a way's stops, or more, may have between them."""
+MAX_EDITS = 256
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader keeps exact."""
 MAX_SECONDS = 120
 """Longest deadline of long work."""
 
-Finite = Annotated[float, Field(strict=True, ge=-1e4, le=1e4, allow_inf_nan=False)]
+MAX_STRENGTH = 1e4
+"""Of an edit, and of what is given in the place of a class."""
+MAX_COORDINATE = 1e6
+"""Of a latent, such as edits may have moved it to."""
+
+Finite = Annotated[
+    float, Field(strict=True, ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
+]
+Coordinate = Annotated[
+    float, Field(strict=True, ge=-MAX_COORDINATE, le=MAX_COORDINATE, allow_inf_nan=False)
+]
 Weight = Annotated[float, Field(strict=True, gt=0, le=1e4, allow_inf_nan=False)]
 ClassName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200)]
 ClassId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
@@ -44,7 +54,8 @@ ModelName = Annotated[
     ),
 ]
 # What may hold thousands is looked at no further than to the first that is wrong.
-Latent = Annotated[tuple[Finite, ...], Field(max_length=MAX_LATENT, fail_fast=True)]
+Latent = Annotated[tuple[Coordinate, ...], Field(max_length=MAX_LATENT, fail_fast=True)]
+Embedding = Annotated[tuple[Finite, ...], Field(max_length=MAX_LATENT, fail_fast=True)]
 Mixture = Annotated[
     dict[ClassName, Weight], Field(min_length=1, max_length=MAX_MIXED, fail_fast=True)
 ]
@@ -144,7 +155,7 @@ class Point(Strict):
     )
     seed: Seed | None = Field(None, description="Of the latent; give this or z.")
     z: Latent | None = Field(None, description="The latent itself, as /v1/invert gives it.")
-    y: Latent | None = Field(None, description="The class embedding, as /v1/invert gives it.")
+    y: Embedding | None = Field(None, description="The class embedding, as /v1/invert gives it.")
     edits: Edits = Field({}, description="Steps along the model's directions.")
 
     @model_validator(mode="after")
@@ -334,7 +345,9 @@ class LatentAnswer(BaseModel):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    class_: dict[str, float] = Field(alias="class", description="Weights by class name.")
+    class_: dict[str, float] | None = Field(
+        alias="class", description="Weights by class name; null where `y` alone was given."
+    )
     seed: int | None = None
     z: list[float] | None = None
     y: list[float] | None = None

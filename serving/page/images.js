@@ -84,7 +84,7 @@ export function point({ class: weights, seed, z, y, edits = {} }) {
 }
 
 function classText({ class: weights }) {
-  if (!weights) return "of its own";
+  if (!weights) return "a given class";
   return Object.entries(weights).map(([name, weight]) =>
     weight === 1 ? name : `${Math.round(100 * weight)} % ${name}`).join(" + ");
 }

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import requests
 import torch
-from local_endpoint import served
+from conftest import add_imported
+from local_endpoint import new_service, served
 from PIL import Image
 
 import biggan
 from biggan.client import EndpointError
+from biggan.config import ModelConfig
 from biggan.directions import find_directions
+from biggan.networks import Generator
 from biggan.pixels import sheet
 from biggan.provenance import read_origin, save
 from biggan.recipe import Origin, Recipe
@@ -189,6 +192,70 @@ def test_frames_in_other_formats(endpoint, grey):
     assert grey_levels(listed(again), expected[[2]]) <= 1
 
 
+@pytest.fixture(scope="module")
+def many(storage):
+    """The address of an endpoint for a model of many classes."""
+    torch.manual_seed(2)
+    config = ModelConfig(ch_g=8, z_dim=24, attention=())
+    G = Generator(config, resolution=16, channels=1, n_classes=300).eval().requires_grad_(False)
+    G.class_names = [f"thing {i}" for i in range(300)]
+    add_imported("many", G)
+    with served(new_service(["many"])) as url:
+        yield url
+
+
+def mixed(*classes, weight=1.0):
+    return {str(i): weight for i in range(*classes)}
+
+
+Y = {"y": [0.1] * 128, "seed": 3}
+STRONG = mixed(8, weight=1e4)
+
+
+@pytest.mark.parametrize(
+    "path,body",
+    [
+        ("edit", {"image": Y, "morph": {"class": 7}, "steps": 3}),
+        ("interpolate", {"stops": [Y, {"class": 7, "seed": 4}, Y | {"seed": 5}]}),
+        ("generate", {"class": {"3": 5e-324, "4": 1e4}, "seed": 2**53 - 2, "n": 2}),
+        ("edit", {"image": {"class": mixed(16), "seed": 3}, "morph": {"class": mixed(16, 32)}}),
+        (
+            "interpolate",
+            {"stops": [{"class": mixed(100), "seed": 3}, {"class": mixed(100, 250), "seed": 4}]},
+        ),
+        ("edit", {"image": {"class": 3, "seed": 3, "edits": mixed(16)}, "edits": mixed(9, 24)}),
+        (
+            "interpolate",
+            {"stops": [{"class": i, "seed": i, "edits": STRONG} for i in range(2)]},
+        ),
+    ],
+)
+def test_every_latent_that_is_told_is_taken_again(many, path, body):
+    frames = {"frames": 3, "loop": False} if path == "interpolate" else {}
+    answer = post(many, path, body | frames | {"format": "json"}).json()
+    latents = [item["latent"] for item in answer["images"]]
+    made = listed(answer)
+    for latent, image in zip(latents, made, strict=True):
+        again = post(many, "edit", {"image": latent, "format": "json"})
+        assert again.status_code == 200, again.text
+        assert grey_levels(listed(again.json()), image[None]) <= 1
+    stops = {"stops": [latents[0], latents[-1]], "frames": 2, "loop": False, "format": "json"}
+    again = post(many, "interpolate", stops)
+    assert again.status_code == 200, again.text
+    assert grey_levels(listed(again.json())[[0, -1]], made[[0, -1]]) <= 1
+
+
+def test_classes_that_could_not_be_sent_back_together_are_refused(many):
+    some, others = ({"class": mixed(*part), "seed": 3} for part in ((150,), (150, 300)))
+    for path, body in (
+        ("interpolate", {"stops": [some, others]}),
+        ("edit", {"image": some, "morph": {"class": others["class"]}}),
+    ):
+        answer = post(many, path, body)
+        assert answer.status_code == 422
+        assert "300: classes in all: 256 at most" in answer.json()["detail"]
+
+
 def test_a_seed_gives_the_same_image_whatever_it_is_batched_with(endpoint, grey):
     expected = grey.sample([5], seed=11)[0]
     results = []
@@ -231,6 +298,7 @@ def test_a_seed_gives_the_same_image_whatever_it_is_batched_with(endpoint, grey)
         ("generate", {"class": 3, "seed": -1}, "seed", "greater than or equal to 0"),
         ("generate", {"class": 3, "seed": 2**53}, "seed", "less than or equal to"),
         ("generate", {"class": 3, "seed": 10**400}, "seed", ""),
+        ("generate", {"class": 3, "seed": 2**53 - 1, "n": 2}, "seed", "beyond"),
         ("generate", {"class": 3, "truncation": 0}, "truncation", "greater than 0"),
         ("generate", {"class": 3, "truncation": "high"}, "truncation", "number"),
         ("generate", {"class": 3, "format": "bmp"}, "format", "'png'"),
@@ -249,7 +317,13 @@ def test_a_seed_gives_the_same_image_whatever_it_is_batched_with(endpoint, grey)
         ("edit", {"image": {"class": 3, "z": [1.0]}}, "image.z", "24 numbers"),
         ("edit", {"image": {"class": 3, "z": []}}, "image.z", "24 numbers"),
         ("edit", {"image": {"y": [1.0], "seed": 1}}, "image.y", "128 numbers"),
-        ("edit", {"image": {"class": 3, "z": [1e5]}}, "image", "less than or equal to"),
+        ("edit", {"image": {"class": 3, "z": [1e7]}}, "image", "less than or equal to"),
+        (
+            "edit",
+            {"image": {"class": 3, "seed": 1, "edits": {"0": 9000}}, "edits": {"0": 2000}},
+            "edits",
+            "at most 10000",
+        ),
         ("edit", {"image": {"class": 3, "seed": 1}, "morph": {}}, "morph", "required"),
         ("interpolate", {"stops": [{"class": 3, "seed": 1}]}, "stops", "at least 2"),
         (
