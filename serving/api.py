@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.door import SECURITY, Door, RequireKey
 from serving.encoding import MEDIA_TYPES, Answer, Made
+from serving.examples import EXAMPLES
 from serving.ingress import TURNED_AWAY, gated
 from serving.keys import Keys
 from serving.ledger import Reporter, Served, TurnedAway
@@ -77,10 +78,14 @@ ERRORS: dict[int, tuple[str, dict[str, Any]]] = {
         "There is no such model.",
         {"detail": "model cats is not served here; served are: digits"},
     ),
-    413: ("The body is too long.", {"detail": "the body is longer than 65536 bytes"}),
+    408: (
+        "The body of an upload was too slow.",
+        {"detail": "the body did not come within 60 s"},
+    ),
+    413: ("The body is too long.", {"detail": "the body is longer than 524288 bytes"}),
     415: (
-        "The upload is no image of a kind that is read.",
-        {"detail": "image: must be PNG, JPEG, ..."},
+        "The body is not JSON, or the upload no image of a kind that is read.",
+        {"detail": "Content-Type = 'text/plain': must be application/json"},
     ),
     422: (
         "A field is wrong; the answer names it, its value and the limit.",
@@ -94,6 +99,10 @@ ERRORS: dict[int, tuple[str, dict[str, Any]]] = {
     429: (
         "More than the key's rate or quota; try again after Retry-After seconds.",
         {"detail": "rate"},
+    ),
+    500: (
+        "A defect of the endpoint.",
+        {"detail": "the endpoint failed; its log says why"},
     ),
     503: (
         "Too much to do at the moment; try again after Retry-After seconds.",
@@ -159,10 +168,13 @@ SEARCHED: dict[int | str, dict[str, Any]] = {
     }
 }
 UPLOADING = ("/v1/invert", "/v1/upscale", "/v1/verify")
-MAKING = (400, 401, 403, 404, 413, 422, 429, 503)
-ASKING = (401, 403, 404, 422, 429, 503)
+MAKING = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+ASKING = (401, 403, 404, 422, 429, 500, 503)
 SECURED: dict[str, Any] = {"security": [{name: []} for name in SECURITY]}
-ModelQuery = Annotated[ModelName | None, Query(description="As of a request.")]
+ModelQuery = Annotated[
+    ModelName | None,
+    Query(description="As of a request.", examples=["digits", "digits@best", "digits@v1"]),
+]
 
 
 class Api:
@@ -187,11 +199,18 @@ class Api:
         self._get("/v1/classes", self.classes)
         self._get("/v1/directions", self.directions)
         self.open.add_api_route("/healthz", self.healthz, tags=["health"])
-        self.open.add_api_route("/readyz", self.readyz, tags=["health"], responses=problems(503))
+        self.open.add_api_route(
+            "/readyz", self.readyz, tags=["health"], responses=problems(404, 500, 503)
+        )
+        for route in (self.healthz, self.readyz):  # As many balancers ask.
+            self.open.add_api_route(
+                f"/{route.__name__}", route, methods=["HEAD"], include_in_schema=False
+            )
         self.closed.add_api_route(
             "/metrics",
             self.metrics,
             tags=["health"],
+            responses=problems(401, 403, 503),
             response_class=PlainTextResponse,
             openapi_extra=SECURED,
         )
@@ -200,7 +219,7 @@ class Api:
     def _post(
         self, path: str, route: Callable[..., Any], answers: dict[int | str, Any] | None
     ) -> None:
-        responses = problems(*MAKING, *((415,) if path in UPLOADING else ())) | (answers or {})
+        responses = problems(*MAKING) | (answers or {})
         kind: dict[str, Any] = {"response_model": None} if answers else {}
         self.closed.add_api_route(
             path,
@@ -335,11 +354,10 @@ class Observe:
             status = status or 499  # The client is gone, which is nobody's error here.
             raise
         finally:
-            route = scope.get("route")
-            if isinstance(route, APIRoute) and route.include_in_schema:
+            if operation := self._operation(scope):
                 self.reporter.add(
                     Served(
-                        operation=route.path,
+                        operation=operation,
                         key=key.name if (key := noted.get("key")) else "",
                         model=caller.model,
                         status=status or 500,
@@ -348,7 +366,14 @@ class Observe:
                     )
                 )
                 if caller.turned_away:
-                    self.reporter.add(TurnedAway(route.path, caller.turned_away))
+                    self.reporter.add(TurnedAway(operation, caller.turned_away))
+
+    def _operation(self, scope: Scope) -> str | None:
+        """The path of a documented route, also of one that the door kept a request from."""
+        route = scope.get("route")
+        if isinstance(route, APIRoute):
+            return route.path if route.include_in_schema else None
+        return scope["path"] if scope["path"] in EXAMPLES else None
 
 
 def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastAPI:
@@ -371,8 +396,12 @@ def create_api(service: Service, reporter: Reporter, keys: Keys | None) -> FastA
 
 
 def _with_problem(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the schema of errors, which FastAPI knows as no route's answer."""
+    """The OpenAPI document, with examples, and the schema of errors: no route answers that."""
     document = FastAPI.openapi(app)
+    for path, example in EXAMPLES.items():
+        [operation] = document["paths"][path].values()
+        kind = "text/plain" if isinstance(example, str) else "application/json"
+        operation["responses"]["200"]["content"][kind]["example"] = example
     schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     document["components"]["schemas"] |= schema.pop("$defs") | {"Problem": schema}
     document["components"]["securitySchemes"] = SECURITY

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from itertools import islice
@@ -25,6 +27,12 @@ MAX_LIMITS = 5
 """Of a field: one for each of its types, or of what it holds."""
 MAX_TEXT = 100
 """Characters that are told back of what a client sent."""
+MAX_UPLOADS = 32
+"""Bodies of several megabytes that a gateway reads at once."""
+BODY_SECONDS = 60.0
+"""In which such a body has to come."""
+VALUES = {"class", "edits", "z", "y"}
+"""Fields whose values have parts that are no fields."""
 PIECEWISE = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -69,8 +77,11 @@ def install(app: FastAPI, limits: Mapping[str, int] | None = None) -> None:
         return problem_response(error.status, error.detail, error.errors, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_request: Request, error: RequestValidationError) -> Response:
-        found = _field_problems(error.errors())
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if isinstance(error.body, bytes) and kind != "application/json":  # It was not read as JSON.
+            return _unread("Content-Type", kind, "must be application/json")
+        found = _field_problems(error.errors(), error.body)
         told = found[:MAX_ERRORS]
         detail = "; ".join(f"{e.field} = {e.value!r}: {e.limit}" for e in told)
         if more := len(found) - len(told):
@@ -78,7 +89,10 @@ def install(app: FastAPI, limits: Mapping[str, int] | None = None) -> None:
         return problem_response(422, detail, told)
 
     @app.exception_handler(HTTPException)
-    async def on_http(_request: Request, error: HTTPException) -> Response:
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        coding = request.headers.get("Content-Encoding", "identity")
+        if error.status_code == 400 and coding != "identity":
+            return _unread("Content-Encoding", coding, "must be left out: send JSON as it is")
         headers = dict(error.headers or {})
         return problem_response(error.status_code, str(error.detail), headers=headers)
 
@@ -90,7 +104,13 @@ def install(app: FastAPI, limits: Mapping[str, int] | None = None) -> None:
     app.add_middleware(BodyLimit, limits=limits or {})
 
 
-def _field_problems(entries: Sequence[dict[str, Any]]) -> list[FieldProblem]:
+def _unread(header: str, value: str, limit: str) -> Response:
+    """The response to a body that is of another kind than is read."""
+    problem = FieldProblem(field=header, value=_short(value), limit=limit)
+    return problem_response(415, f"{header} = {problem.value!r}: {limit}", [problem])
+
+
+def _field_problems(entries: Sequence[dict[str, Any]], body: Any) -> list[FieldProblem]:
     """What is wrong, field by field; a field of several types has one entry for all of them."""
     values: dict[str, Any] = {}
     limits: dict[str, list[str]] = {}
@@ -98,17 +118,35 @@ def _field_problems(entries: Sequence[dict[str, Any]]) -> list[FieldProblem]:
         if entry["type"] == "json_invalid":
             limit = f"must be JSON: {entry['ctx']['error']} at position {entry['loc'][-1]}"
             return [FieldProblem(field="body", value=None, limit=limit)]
-        # The first part says where in the request, a type's name may come last.
-        field = _short(str(entry["loc"][1] if len(entry["loc"]) > 1 else entry["loc"][0]))
+        missing = entry["type"] == "missing"
+        field = _short(_place(entry["loc"], body, missing))
         limit = "no such field; see /docs" if entry["type"] == "extra_forbidden" else entry["msg"]
         if field not in values:
-            values[field], limits[field] = _presentable(entry.get("input")), []
+            values[field], limits[field] = _presentable(None if missing else entry["input"]), []
         if limit not in limits[field] and len(limits[field]) < MAX_LIMITS:
             limits[field].append(limit)
     return [
         FieldProblem(field=field, value=value, limit=_any(limits[field]))
         for field, value in values.items()
     ]
+
+
+def _place(loc: Sequence[str | int], body: Any, missing: bool) -> str:
+    """The field of a mistake, as `stops.1.seed`; `loc` also tells which of its types was tried."""
+    if loc[0] != "body":
+        return str(loc[1])
+    parts: list[str | int] = []
+    for part in loc[1:]:
+        inside = isinstance(part, int) and isinstance(body, list) and part < len(body)
+        if not inside and not (isinstance(body, dict) and part in body):
+            break
+        parts.append(part)
+        body = body[part]
+        if part in VALUES:
+            break
+    if missing:
+        parts.append(loc[-1])
+    return ".".join(map(str, parts)) or "body"
 
 
 def _any(limits: Sequence[str]) -> str:
@@ -122,6 +160,8 @@ def _presentable(value: Any) -> Any:
         return value
     if isinstance(value, int) and abs(value) < 2**63:
         return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if not isinstance(value, str):  # As JSON, no more than is told: it may be megabytes.
@@ -134,11 +174,15 @@ def _short(text: str) -> str:
 
 
 class BodyLimit:
-    """Refuses request bodies above a limit, by path, without reading them whole."""
+    """Refuses request bodies above a limit, by path, without reading them whole.
+
+    Of those that may be long only so many are read at once, and none for ever.
+    """
 
     def __init__(self, app: ASGIApp, limits: Mapping[str, int]) -> None:
         """`limits` are in bytes; paths that are not in it have `MAX_BODY_BYTES`."""
         self.app, self.limits = app, limits
+        self._room = MAX_UPLOADS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -146,13 +190,31 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         seen, limit = 0, self.limits.get(scope["path"], MAX_BODY_BYTES)
+        reading = scope["path"] in self.limits
+        if reading and not self._room:
+            detail, soon = "too many images are being uploaded; try again", {"Retry-After": "1"}
+            await problem_response(503, detail, headers=soon)(scope, receive, send)
+            return
+        self._room -= reading
+        end = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, reading
+            try:
+                async with asyncio.timeout_at(end if reading else None):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"the body did not come within {BODY_SECONDS:g} s"
+                raise HTTPException(408, detail) from None
             seen += len(message.get("body", b""))
             if seen > limit:
                 raise HTTPException(413, f"the body is longer than {limit} bytes")
+            if not message.get("more_body"):
+                self._room += reading
+                reading = False
             return message
 
-        await self.app(scope, limited, send)
+        try:
+            await self.app(scope, limited, send)
+        finally:
+            self._room += reading

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from biggan.classes import UnknownClassError, class_id
 from biggan.errors import UserError
+from biggan.interpolation import mixture as mixture_between
 from biggan.recipe import Recipe
 from biggan.truncation import TruncationTables
 from serving.catalogue import Model
@@ -67,9 +68,9 @@ def edited(
     for step in range(request.steps):
         part = step / (request.steps - 1) if request.steps > 1 else 1.0
         update: dict[str, Any] = {"edits": _sum((start.edits, 1.0), (wanted, part))}
-        if start.y is None:
-            update["classes"] = _sum((start.classes, 1 - part * amount), (morph, part * amount))
-        elif other is not None:
+        if morph:
+            update["classes"] = mixture_between(start.classes, morph, part * amount)
+        if start.y is not None and other is not None:
             pairs = zip(start.y, other, strict=True)
             update["y"] = tuple((1 - part * amount) * a + part * amount * b for a, b in pairs)
         recipes.append(start.model_copy(update=update))

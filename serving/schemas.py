@@ -12,7 +12,7 @@ MAX_STOPS = 16
 MAX_FRAMES = 256
 """Frames of an animation in all."""
 MAX_CANDIDATES = 8
-MAX_BODY_BYTES = 64 * 1024
+MAX_BODY_BYTES = 512 * 1024
 """Of requests without an upload."""
 MAX_UPLOAD_BYTES = 8 * 1024 * 1024
 """Of an uploaded image file."""

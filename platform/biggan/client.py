@@ -60,10 +60,10 @@ class GeneratedImage:
         return seed
 
     @property
-    def class_name(self) -> str:
-        """The class of the greatest weight."""
-        weights: dict[str, float] = self.latent["class"]
-        return max(weights, key=weights.__getitem__)
+    def class_name(self) -> str | None:
+        """The class of the greatest weight; None of an image by a class embedding alone."""
+        weights: dict[str, float] = self.latent["class"] or {}
+        return max(weights, key=weights.__getitem__, default=None)
 
 
 class _Patience(Retry):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -69,7 +69,7 @@ def walk(
         for share, frame_z in zip(t.tolist(), between, strict=True):
             way.append(
                 Recipe(
-                    classes=_mixture(start.classes, end.classes, share),
+                    classes=mixture(start.classes, end.classes, share),
                     z=tuple(frame_z.tolist()),
                     y=tuple(torch.lerp(y, next_y, share).tolist()) if own else None,
                     truncation=_truncation(G, start.truncation, end.truncation, share),
@@ -78,11 +78,12 @@ def walk(
     return way if loop else [*way, stops[-1]]
 
 
-def _mixture(start: dict[int, float], end: dict[int, float], share: float) -> dict[int, float]:
-    return {
-        class_id: _lerp(start.get(class_id, 0), end.get(class_id, 0), share)
-        for class_id in start | end
-    }
+def mixture(start: Mapping[int, float], end: Mapping[int, float], share: float) -> dict[int, float]:
+    """Weights of classes on the way; none between an image of a class and one of none."""
+    if not (start and end):
+        return dict({0.0: start, 1.0: end}.get(share, {}))
+    weights = {i: _lerp(start.get(i, 0), end.get(i, 0), share) for i in {**start, **end}}
+    return {class_id: weight for class_id, weight in weights.items() if weight}
 
 
 def _truncation(G: Generator, start: float | None, end: float | None, share: float) -> float | None:

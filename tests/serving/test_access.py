@@ -5,6 +5,7 @@ import base64
 import io
 import socket
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import openai
@@ -213,6 +214,8 @@ def test_metrics_tell_keys_and_models_apart(closed, secrets):
     ]
     assert float(images.split()[-1]) >= 5
     assert secrets["alice"] not in text
+    # Strangers, too, whom the tests before turned away.
+    assert 'biggan_requests_total{key="",model="",operation="/v1/generate",status="401"}' in text
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -261,6 +264,28 @@ def test_an_open_endpoint_answers_to_its_own_names_alone(grey, host, status):
         answer = requests.get(f"{url}/v1/classes", headers={"Host": host}, timeout=60)
     assert answer.status_code == status
     assert status == 200 or "open as localhost alone" in answer.json()["detail"]
+
+
+def test_uploads_have_a_bound_of_number_and_of_time(grey, monkeypatch):
+    monkeypatch.setattr("serving.problems.MAX_UPLOADS", 2)
+    monkeypatch.setattr("serving.problems.BODY_SECONDS", 1.0)
+    file = io.BytesIO()
+    Image.new("L", (16, 16)).save(file, "PNG")
+    body = {"image": base64.b64encode(file.getvalue()).decode()}
+    begun = b"POST /v1/verify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+    with served(new_service(["grey"])) as url, ExitStack() as slow:
+        place = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        slots = [slow.enter_context(socket.create_connection(place)) for _ in range(2)]
+        for connection in slots:
+            connection.sendall(begun)
+        time.sleep(0.3)
+        refused = requests.post(f"{url}/v1/verify", json=body, timeout=60)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert requests.post(f"{url}/v1/generate", json={"class": 3}, timeout=60).ok
+        for connection in slots:
+            assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+        for _ in range(4):
+            assert requests.post(f"{url}/v1/verify", json=body, timeout=60).ok
 
 
 def test_the_openai_client_works_unchanged(closed, secrets, grey):

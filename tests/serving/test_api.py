@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import io
 import random
 import re
@@ -245,6 +246,26 @@ def test_every_latent_that_is_told_is_taken_again(many, path, body):
     assert grey_levels(listed(again.json())[[0, -1]], made[[0, -1]]) <= 1
 
 
+def test_an_image_by_its_own_embedding_tells_the_class_that_it_comes_to(endpoint):
+    own = {"class": "digit 0", "seed": 3, "y": [0.5] * 128}
+    body = {"image": own, "morph": {"class": 8, "amount": 1}, "steps": 3, "format": "json"}
+    images = post(endpoint, "edit", body).json()["images"]
+    assert [item["latent"]["class"] for item in images] == [
+        {"digit 0": 1.0}, {"digit 0": 0.5, "digit 8": 0.5}, {"digit 8": 1.0}
+    ]  # fmt: skip
+    none = {"seed": 3, "y": [0.5] * 128}
+    stops = {"stops": [none, {"class": 8, "seed": 1}], "frames": 2, "loop": False}
+    images = post(endpoint, "interpolate", stops | {"format": "json"}).json()["images"]
+    assert [item["latent"]["class"] for item in images] == [None, None, {"digit 8": 1.0}]
+
+
+def test_as_many_stops_as_there_may_be_fit_into_a_request(many):
+    z, y = [1.2345678901234567] * 24, [-1.2345678901234567e-5] * len(Y["y"])
+    stop = {"class": mixed(256), "z": z, "y": y, "edits": mixed(24, weight=1.2345678901234567)}
+    answer = post(many, "interpolate", {"stops": 16 * [stop], "frames": 2, "format": "json"})
+    assert answer.status_code == 200, answer.text
+
+
 def test_classes_that_could_not_be_sent_back_together_are_refused(many):
     some, others = ({"class": mixed(*part), "seed": 3} for part in ((150,), (150, 300)))
     for path, body in (
@@ -317,14 +338,17 @@ def test_a_seed_gives_the_same_image_whatever_it_is_batched_with(endpoint, grey)
         ("edit", {"image": {"class": 3, "z": [1.0]}}, "image.z", "24 numbers"),
         ("edit", {"image": {"class": 3, "z": []}}, "image.z", "24 numbers"),
         ("edit", {"image": {"y": [1.0], "seed": 1}}, "image.y", "128 numbers"),
-        ("edit", {"image": {"class": 3, "z": [1e7]}}, "image", "less than or equal to"),
+        ("edit", {"image": {"class": 3, "z": [1e7]}}, "image.z", "less than or equal to"),
         (
             "edit",
             {"image": {"class": 3, "seed": 1, "edits": {"0": 9000}}, "edits": {"0": 2000}},
             "edits",
             "at most 10000",
         ),
-        ("edit", {"image": {"class": 3, "seed": 1}, "morph": {}}, "morph", "required"),
+        ("edit", {"image": {"class": 3, "seed": 1}, "morph": {}}, "morph.class", "required"),
+        ("interpolate", {"stops": [{"class": 1, "seed": -1}] * 2}, "stops.1.seed", "or equal to 0"),
+        ("interpolate", {"stops": [{"clas": 1, "seed": 1}] * 2}, "stops.0.clas", "no such field"),
+        ("interpolate", {"stops": [{"class": 1}] * 2}, "stops.1", "either seed or z"),
         ("interpolate", {"stops": [{"class": 3, "seed": 1}]}, "stops", "at least 2"),
         (
             "interpolate",
@@ -400,7 +424,7 @@ def test_a_model_that_is_not_served(endpoint, model, said):
         (b'{"class": 3, "truncation": Infinity}', 422),
         (b'{"class": 3, "truncation": 1e999}', 422),
         (b"[" * 30_000, 400),
-        (b'{"class": "' + b"x" * 70_000 + b'"}', 413),
+        (b'{"class": "' + b"x" * 530_000 + b'"}', 413),
     ],
 )
 def test_a_body_that_is_no_request(endpoint, content, status):
@@ -468,6 +492,13 @@ def test_every_example_of_the_openapi_document_works(endpoint):
                 if int(status) >= 400:
                     [[kind, content]] = answer["content"].items()
                     assert (kind, content["example"]["status"]) == (PROBLEM, int(status))
+            examples = [
+                (kind, content["example"])
+                for kind, content in operation["responses"]["200"]["content"].items()
+                if "example" in content
+            ]
+            [(kind, example)] = examples
+            assert isinstance(example, dict if kind == "application/json" else str), path
             if method != "post":
                 continue
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
@@ -496,6 +527,34 @@ def verified(endpoint, content):
     response = post(endpoint, "verify", {"image": as_base64(content)})
     assert response.status_code == 200, response.text
     return response.json()
+
+
+@pytest.mark.parametrize(
+    "headers,said",
+    [
+        ({"Content-Type": "text/plain"}, "Content-Type = 'text/plain': must be application/json"),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, "'multipart/form-data': must be"),
+        ({}, "Content-Type = '': must be application/json"),
+        (
+            {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+            "Content-Encoding = 'gzip': must be left out",
+        ),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_to_be_none(endpoint, headers, said):
+    content = b'{"class": 3}'
+    if "Content-Encoding" in headers:
+        content = gzip.compress(content)
+    answer = requests.post(f"{endpoint}/v1/generate", data=content, headers=headers, timeout=60)
+    assert answer.status_code == 415
+    assert said in answer.json()["detail"]
+
+
+def test_numbers_are_told_back_as_numbers(endpoint):
+    answer = post(endpoint, "generate", {"class": 3, "seed": 1, "truncation": -0.5})
+    assert answer.json()["errors"][0]["value"] == -0.5
+    [missing] = post(endpoint, "images/generations", {}).json()["errors"]
+    assert (missing["field"], missing["value"]) == ("prompt", None)
 
 
 @pytest.mark.parametrize("model", ["grey", "colour"])
