@@ -43,7 +43,7 @@ def test_parquet_parts_hold_every_image_once(cluster, tiny_model, tmp_path):
         assert (verdict.status, verdict.origin.recipes[0].seed) == ("verified", 100 + row)
 
 
-def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
+def test_the_command_writes_folders_of_png_and_sheets(tiny_model, job_here, tmp_path):
     done = job("generate", "--model", "tiny", "--output", str(tmp_path / "set"), "--n", "12",
                "--classes", "3", "7")  # fmt: skip
     assert "12 images in" in done.stdout
@@ -53,17 +53,19 @@ def test_the_command_writes_folders_of_png_and_sheets(tiny_model, tmp_path):
     for file in files:
         assert verify((tmp_path / "set" / file).read_bytes()).status == "verified"
     sheet = tmp_path / "new" / "sheet.png"
-    job("generate", "--model", "tiny", "--output", str(sheet), "--n", "40")
+    assert job_here("generate", "--model", "tiny", "--output", sheet, "--n", 40)[0] == 0
     assert Image.open(sheet).size == (10 * 34 + 2, 4 * 34 + 2)
-    job("generate", "--model", "tiny", "--output", f"{tmp_path}/sheet.GIF", "--n", "10")
+    gif = ("--output", f"{tmp_path}/sheet.GIF", "--n", "10")
+    assert job_here("generate", "--model", "tiny", *gif)[0] == 0
     assert Image.open(tmp_path / "sheet.GIF").format == "GIF"
 
 
-def test_rows_of_a_sheet_lead_from_image_to_image(tiny_model, tmp_path):
+def test_rows_of_a_sheet_lead_from_image_to_image(tiny_model, job_here, tmp_path):
     picture = tmp_path / "between.png"
-    done = job("generate", "--model", "tiny", "--output", str(picture), "--n", "14",
-               "--interpolate", "4", "--classes", "3", "7", "--seed", "5")  # fmt: skip
-    assert "12 images in" in done.stdout
+    flags = ("--interpolate", "4", "--classes", "3", "7", "--seed", "5")
+    status, said = job_here("generate", "--model", "tiny", "--output", picture, "--n", 14, *flags)
+    assert status == 0
+    assert "12 images in" in said
     pixels = np.asarray(Image.open(picture)).astype(int)
     assert pixels.shape == (3 * 34 + 2, 4 * 34 + 2)
     ends = biggan.load_generator("tiny").sample([3, 7, 3, 7], seed=5)[..., 0]
@@ -94,11 +96,10 @@ def test_a_scale_above_one_is_refused_before_anything_runs(tiny_model, tmp_path)
         (["--model", "absent"], "not in the store"),
     ],
 )
-def test_mistakes(tiny_model, tmp_path, flags, said):
+def test_mistakes(tiny_model, job_here, tmp_path, flags, said):
     output = tmp_path / "x.png"
-    done = job(
-        "generate", "--output", str(output), *{"--model": "tiny"}.popitem(), *flags, status=2
-    )
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    status, told = job_here("generate", "--output", output, "--model", "tiny", *flags)
+    assert status == 2
+    assert said in told
+    assert "Traceback" not in told
     assert not output.exists()

@@ -5,12 +5,12 @@ import hashlib
 import io
 import json
 import re
-import runpy
 import struct
 import subprocess
 import sys
 import tracemalloc
 import zlib
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
@@ -687,17 +687,9 @@ def test_sheets_carry_their_origin(model, image_format):
 
 
 @pytest.fixture
-def generate_here(storage, monkeypatch, capsys):
+def generate_here(storage, job_here):
     """`jobs/generate.py` in this process: its exit status, and what it said."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path("jobs/generate.py", run_name="__main__")
-        said = capsys.readouterr()
-        return ended.value.code, said.out + said.err
-
-    return run
+    return partial(job_here, "generate")
 
 
 def test_the_command_makes_a_picture_again(storage, generate_here, tmp_path):

@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
-LONGEST_PAUSE = 10.0
+LONGEST_PAUSE = 3.0
 """Seconds between two attempts, whatever an endpoint says in Retry-After."""
 KEY = "BIGGAN_API_KEY"
 """Variable with the API key, where none is given."""
@@ -108,7 +108,7 @@ class Client:
         key: str | None = None,
         model: str | None = None,
         timeout: float = 60.0,
-        retries: int = 12,
+        retries: int = 30,
     ) -> None:
         """`key` is an API key, by default $BIGGAN_API_KEY; `model` is what requests are for.
 
