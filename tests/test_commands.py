@@ -1,12 +1,11 @@
 """The commands: help that teaches, and mistakes told in a line."""
 
 import socket
-import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT, free_port, tiny
+from conftest import free_port, tiny
 
 from biggan.commands import base_config
 from biggan.config import ConfigError
@@ -20,13 +19,11 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_an_example(name):
-    done = subprocess.run(
-        [sys.executable, f"jobs/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"python jobs/{name}.py --" in done.stdout
-    assert "--storage" in done.stdout
+def test_help_has_an_example(job_here, name):
+    status, said = job_here(name, "--help")
+    assert not status
+    assert f"python jobs/{name}.py --" in said
+    assert "--storage" in said
 
 
 def test_where_a_commands_settings_start_from(monkeypatch, tmp_path, tiny_run):
