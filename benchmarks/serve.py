@@ -82,11 +82,15 @@ def make_model(kind: str, root: str) -> None:
 
 
 class Bare:
-    """The model alone: a request's images, and the file of them."""
+    """The model alone: a request's images, and the file of them.
+
+    Made ready as a sampler makes it, so that servers are compared and not layouts in memory.
+    """
 
     def __init__(self, root: str) -> None:
         G = load_generator("bench", root=root)
         G.freeze()
+        G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.G = G
         store = ModelStore("bench", root)
         self.model = Model.read(store.folder / "v1")
