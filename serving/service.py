@@ -172,7 +172,8 @@ class Service:
             recipes.refuse("scale", request.scale, limit)
         if frames_in_all * (model.config.resolution * request.scale) ** 2 > MAX_MOTION_PIXELS:
             limit = f"{frames_in_all} frames have more than {MAX_MOTION_PIXELS:,} pixels in all"
-            recipes.refuse("scale", request.scale, limit)
+            field = "scale" if request.scale > 1 else "frames"
+            recipes.refuse(field, getattr(request, field), limit)
         stops = recipes.stops(request.stops, request.truncation, model)
         frames = await self.painter.walk(model.reference, stops, request.frames, request.loop)
         made = await self._make(caller, model, frames)
