@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import time
 from dataclasses import dataclass, field
@@ -124,7 +125,8 @@ def _taken(host: str, port: int) -> bool:
 
 
 def _wait() -> None:
-    """Wait until interrupted."""
+    """Wait until interrupted, or asked to end as service managers ask."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)

@@ -1,7 +1,9 @@
 """The commands: help that teaches, and mistakes told in a line."""
 
 import socket
+import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -46,3 +48,15 @@ def test_a_port_that_another_program_has_is_noticed():
         assert _taken("127.0.0.1", other.getsockname()[1])
         assert _taken("0.0.0.0", other.getsockname()[1])
     assert not _taken("127.0.0.1", free_port())
+
+
+def test_an_endpoint_ends_in_order_when_a_service_manager_asks():
+    code = "from serving.__main__ import _wait; print('waits', flush=True); _wait(); print('ended')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "waits\n"
+        time.sleep(0.2)
+        process.terminate()
+        assert process.communicate(timeout=30) == ("ended\n", None)
+    assert process.returncode == 0
