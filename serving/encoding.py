@@ -45,7 +45,8 @@ GAP = 2
 MAX_SIDES = {"webp": 16_383, "jpeg": 65_535}
 """Pixels that a picture of a format may be wide and high."""
 MAX_MOTION_PIXELS = 2**26
-"""Of all frames of an animation: 2 to 6 s of a core, on two of an AMD EPYC."""
+"""Of all frames of an animation. As 64 of noise, 1,024 pixels wide, enlarged from 128, they took a
+core of an AMD EPYC 1.0 s as GIF, 1.7 s as WebP and 5.3 s as MP4."""
 
 
 @dataclass(frozen=True)

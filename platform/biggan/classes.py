@@ -49,8 +49,9 @@ def nearest_class(prompt: str, class_names: Sequence[str]) -> int:
     """The id of the class that a prompt names, or that its words come nearest to.
 
     A name counts before part of a name, and both before what is spelled almost like one; of several
-    the longest. Commas stand between the names that one class has ("tench, Tinca tinca"). Raises
-    `UnknownClassError` where nothing is near, or several equally.
+    the longest, and of classes with one name the first. Commas stand between the names that a class
+    has ("tench, Tinca tinca"). Where nothing is near, text may be an id. Raises `UnknownClassError`
+    if it is not, or several are equally near.
     """
     if prompt.strip() in class_names:
         return class_names.index(prompt.strip())
@@ -105,7 +106,7 @@ def _likest(words: Sequence[str], names: Mapping[str, list[int]]) -> list[int]:
     """The ids of the classes whose names some of the words are likest; none if all are unlike."""
     best, likest = CUTOFF, list[int]()
     matcher = difflib.SequenceMatcher(autojunk=False)
-    for span in _spans(words[:MOST_WORDS]):
+    for span in _spans(words):
         matcher.set_seq2(span)
         for name, ids in names.items():
             matcher.set_seq1(name)

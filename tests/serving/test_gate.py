@@ -1,5 +1,6 @@
 """HAProxy's gate, before a gateway that is full: a real HAProxy, and a server that counts."""
 
+import re
 import shutil
 import subprocess
 import threading
@@ -18,6 +19,8 @@ from serving.ingress import FULL, TURNED_AWAY
 from serving.service import too_busy
 
 CONFIG = """
+global
+    stats socket abns@gate-{port} mode 666 level admin
 defaults
     mode http
     timeout connect 5s
@@ -109,6 +112,13 @@ def fill(gateway):
 
 def empty(gateway):
     gateway.status, gateway.headers = 200, {}
+
+
+def test_haproxy_is_run_by_its_own_user_alone_and_listens_once(gateway, tmp_path):
+    with gate(tmp_path, gateway):
+        config = (tmp_path / "haproxy.cfg").read_text()
+    assert re.search(r"stats socket \S+ mode 600 level admin", config)
+    assert config.count("bind ") == 1
 
 
 def test_it_repeats_what_a_full_gateway_says(gateway, tmp_path):
