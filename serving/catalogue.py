@@ -44,6 +44,10 @@ FRESH_SECONDS = 1.0
 STALE_SECONDS = 5.0
 """So long it is still followed while it is looked up anew; after that a request waits for that, and
 for the version that it leads to by then: for as long at the most, should that take long to load."""
+KEEP_SECONDS = 5.0
+"""Between two looks of who follows aliases without being asked (`Catalogue.keep`)."""
+AGAIN_SECONDS = 10.0
+"""After which a version that could not be loaded is tried again."""
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """Of an alias or a version: no path that leads out of the store."""
 
@@ -89,6 +93,13 @@ class _Followed:
     """Of the version that is to take over."""
     began: float = 0.0
     """When that did."""
+    failed: str = ""
+    """Version that could not be loaded, at `began`."""
+
+    def may_load(self, version: str) -> bool:
+        """Whether a version is to be loaded now."""
+        waited = time.monotonic() - self.began
+        return self.loading is None and (version != self.failed or waited > AGAIN_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -149,18 +160,25 @@ class Catalogue:
         at = rng(seed, Stream.CANARY).random()
         return list(shares)[int(np.searchsorted(weights.cumsum() / weights.sum(), at, "right"))]
 
-    async def current(self) -> list[str]:
-        """NAME@VERSION of what requests get that name no version, the default model's first.
+    async def current(self) -> dict[str, str]:
+        """NAME@VERSION of what requests get that name none, by NAME@ALIAS, the default first.
 
         What is not there, or damaged, is left out: who asks for it is told.
         """
-        found: list[str] = []
+        found: dict[str, str] = {}
         for reference in (f"{name}@{alias}" for name in self.names for alias in self.shares[name]):
             try:
-                found.append((await self.find(reference)).reference)
+                found[reference] = (await self.find(reference)).reference
             except (ProblemError, UserError):
                 logger.exception("%s cannot be served", reference)
-        return list(dict.fromkeys(found))
+        return found
+
+    async def keep(self, references: Sequence[str]) -> None:
+        """Follow what was found of these, whether or not anybody asks for it; never ends."""
+        while True:
+            await asyncio.sleep(KEEP_SECONDS)
+            for reference in references:
+                await self.find(reference)
 
     async def find(self, reference: str | None, seed: int = 0) -> Model:
         """The version that a request gets; raises `ProblemError` 404 if there is none."""
@@ -189,7 +207,7 @@ class Catalogue:
             model = await asyncio.to_thread(self._read, chosen)
             if model.reference == followed.model.reference:
                 followed.model = model
-            elif followed.loading is None:
+            elif followed.may_load(model.reference):
                 followed.began = time.monotonic()
                 followed.loading = background.begin(self._load(chosen, followed, model))
         except Exception:
@@ -200,9 +218,10 @@ class Catalogue:
         """Let a version take over once it is loaded: minutes, where it is compiled."""
         try:
             await self.warm(model.reference)
-            followed.model = model
+            followed.model, followed.failed = model, ""
             logger.info("%s is %s now", chosen, model.reference)
         except Exception:
+            followed.failed = model.reference
             logger.exception("cannot load %s; still serving %s", model.reference, chosen)
         finally:
             followed.loading = None

@@ -23,6 +23,7 @@ from biggan.memory import keep_freed_memory
 from biggan.parallel import CPU
 from biggan.recipe import Recipe
 from biggan.synthesis import embeddings
+from serving import background
 from serving.batching import Batcher, Busy
 from serving.catalogue import Catalogue
 from serving.ledger import Batch, Reporter
@@ -52,6 +53,7 @@ class Sampler:
         self._models: dict[str, Loaded] = {}
         self._batcher: Batcher[Loaded, Recipe] = Batcher(_make, self._note)
         self._work, self._since = 0.0, time.monotonic()
+        self._following: asyncio.Task[None] | None = None
 
     def _note(self, model: Loaded, images: int, backlog: int, seconds: float) -> None:
         # A batch that is half full is half the work: as many again would take little longer.
@@ -73,14 +75,23 @@ class Sampler:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Load what most requests will want; Serve calls this before it sends the first.
 
-        `config` has `models`, `canary` and `max_models` as an `EndpointConfig` has them.
+        And, from then on, the versions that aliases move to. A gateway lets one take over when the
+        first sampler has it, and where it is compiled that takes minutes, for which the requests
+        that the others get would wait. `config` has `models`, `canary` and `max_models` as an
+        `EndpointConfig` has them.
         """
         catalogue = Catalogue(config["models"], config["canary"], self.storage, self.model)
-        for version in reversed((await catalogue.current())[: config["max_models"]]):
+        current = await catalogue.current()
+        versions = list(dict.fromkeys(current.values()))[: config["max_models"]]
+        for version in reversed(versions):
             try:
                 await self.model(version)
             except UserError:
                 logger.exception("%s is not loaded", version)
+        if self._following:
+            self._following.cancel()
+        kept = [alias for alias, version in current.items() if version in versions]
+        self._following = background.begin(catalogue.keep(kept))
 
     async def _load(self, version: str, device: torch.device) -> Loaded:
         # In a thread that ends: as long as it lives OpenMP keeps workers for it, and lets those of

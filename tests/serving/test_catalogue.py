@@ -136,6 +136,55 @@ def test_what_is_served_by_default_is_loaded_first_of_all(folder, grey):
     assert all_of_them == [f"{name}@v1", "grey@v1"]
 
 
+def test_a_sampler_loads_what_an_alias_moves_to_before_it_is_asked_for(folder, monkeypatch):
+    monkeypatch.setattr(catalogue_module, "FRESH_SECONDS", 0.1)
+    monkeypatch.setattr(catalogue_module, "KEEP_SECONDS", 0.1)
+    name = folder.parent.name
+    config = {"models": [name, "missing"], "canary": {}, "max_models": 1}
+
+    async def move():
+        sampler = Sampler(storage_root())
+        await sampler.reconfigure(config)
+        first = sampler._following
+        await sampler.reconfigure(config)
+        newer = add_imported(name, random_generator(3)).name
+
+        async def loaded():
+            return list(sampler._models)
+
+        await ask_until(loaded, lambda models: models == [f"{name}@v1", f"{name}@{newer}"])
+        assert first.cancelled()
+        assert not sampler._following.done()
+
+    asyncio.run(move())
+
+
+def test_what_cannot_be_loaded_is_tried_again_after_a_while(folder, monkeypatch):
+    monkeypatch.setattr(catalogue_module, "FRESH_SECONDS", 0.05)
+    monkeypatch.setattr(catalogue_module, "AGAIN_SECONDS", 1.0)
+    name, tried = folder.parent.name, []
+
+    async def warm(reference):
+        tried.append(reference)
+        if tried.count(f"{name}@v2") < 2 or reference == f"{name}@v3":
+            raise OSError(reference)
+
+    async def move():
+        catalogue = Catalogue([name], {}, None, warm)
+        assert (await catalogue.find(None)).card.version == "v1"
+        began = time.monotonic()
+        add_imported(name, random_generator(3))
+        await ask_until(lambda: catalogue.find(None), lambda model: model.card.version == "v2")
+        assert time.monotonic() - began > 1
+        add_imported(name, random_generator(4))  # It never loads; another is not kept from it.
+        await ask_until(lambda: catalogue.find(None), lambda _: f"{name}@v3" in tried)
+        add_imported(name, random_generator(5))
+        await ask_until(lambda: catalogue.find(None), lambda model: model.card.version == "v4")
+
+    asyncio.run(move())
+    assert tried == [f"{name}@v2"] * 2 + [f"{name}@v3", f"{name}@v4"]
+
+
 def test_a_damaged_model_is_in_no_other_models_way(folder, grey, caplog):
     folder.delete_file(WEIGHTS)
 

@@ -1,8 +1,11 @@
 """HAProxy's gate, before a gateway that is full: a real HAProxy, and a server that counts."""
 
+import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -119,6 +122,31 @@ def test_haproxy_is_run_by_its_own_user_alone_and_listens_once(gateway, tmp_path
         config = (tmp_path / "haproxy.cfg").read_text()
     assert re.search(r"stats socket \S+ mode 600 level admin", config)
     assert config.count("bind ") == 1
+
+
+def test_haproxy_does_not_outlive_who_started_it(tmp_path):
+    port, file = free_port(), tmp_path / "haproxy.cfg"
+    file.write_text(CONFIG.format(port=port, gateway=free_port()))
+    shutil.copy(ROOT / "serving/gate.cfg", tmp_path)
+    wrapper = shutil.copy(ROOT / "serving/haproxy", tmp_path)
+    start = f"import subprocess; subprocess.run([{wrapper!r}, '-db', '-f', {str(file)!r}])"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", start], env=os.environ | {"BIGGAN_HAPROXY": get_haproxy_binary()}
+    )
+    await_port(port, open=True)
+    parent.kill()
+    parent.wait(10)
+    await_port(port, open=False)
+
+
+def await_port(port, *, open):
+    """Wait until somebody listens, or nobody any more."""
+    for _ in range(200):
+        with socket.socket() as client:
+            if (client.connect_ex(("127.0.0.1", port)) == 0) == open:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"port {port} is {'closed' if open else 'open'} still")
 
 
 def test_it_repeats_what_a_full_gateway_says(gateway, tmp_path):
