@@ -291,13 +291,13 @@ class Api:
         """Whether an image came from the models that are served: made again, and compared."""
         return await self.service.verify(_caller(http), request)
 
-    async def models(self) -> ModelsAnswer:
+    async def models(self, http: Request) -> ModelsAnswer:
         """The models that are served, every version of them."""
-        return await self.service.models()
+        return await self.service.models(_caller(http))
 
-    async def model(self, model: ModelName) -> ModelEntry:
+    async def model(self, http: Request, model: ModelName) -> ModelEntry:
         """One model: NAME, NAME@ALIAS or NAME@VERSION."""
-        return await self.service.model(model)
+        return await self.service.model(_caller(http), model)
 
     async def classes(self, http: Request, model: ModelQuery = None) -> ClassesAnswer:
         """The classes that can be asked for."""
@@ -315,9 +315,9 @@ class Api:
         """Whether images can be made: the default model is loaded."""
         return Ready(model=await self.service.ready())
 
-    async def metrics(self) -> Response:
-        """Requests, latency, images and batches, for Prometheus."""
-        return Response(await self.service.counts.metrics(), media_type=PROMETHEUS)
+    async def metrics(self, http: Request) -> Response:
+        """Requests, latency, images and batches, for Prometheus; with a key of all models."""
+        return Response(await self.service.metrics(_caller(http)), media_type=PROMETHEUS)
 
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"

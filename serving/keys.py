@@ -84,10 +84,14 @@ class Key(Limits):
     created: str
     revoked: bool = False
 
+    def may_use(self, name: str) -> bool:
+        """Whether the key is for model NAME."""
+        return self.models is None or name in self.models
+
     def check_model(self, model: str) -> None:
         """Raise a 403 unless the key may use a model, given as NAME, NAME@ALIAS or NAME@VERSION."""
         name = model.partition("@")[0]
-        if self.models is not None and name not in self.models:
+        if not self.may_use(name):
             raise ProblemError(403, f"this API key may not use model {name}")
 
 

@@ -493,8 +493,9 @@ class VerifyAnswer(BaseModel):
 
     status: Literal["verified", "altered", "claimed", "unknown model", "no origin"] = Field(
         description="verified: the model that the file names makes these pixels. altered: it makes"
-        " others. claimed: nothing proves it, for only 256 colours of the pixels are left, or they"
-        " are of more images than are made again here. unknown model: none that is served here."
+        " others. claimed: nothing proves it, for only 256 colours of the pixels are left, or one"
+        " frame of several, or they are of more images than are made again here. unknown model:"
+        " none that is served here."
     )
     detail: str
     model: str | None = None

@@ -292,15 +292,18 @@ class Service:
         )
         return await asyncio.to_thread(_images_response, made, request, size)
 
-    async def models(self) -> ModelsAnswer:
-        """Every version of the models that are served, and how it fared of late."""
+    async def models(self, caller: Caller) -> ModelsAnswer:
+        """Every version of the models that the caller may use, and how it fared of late."""
         observed = await self.counts.observed()
-        return ModelsAnswer(data=[_entry(*found, observed) for found in await self.catalogue.all()])
+        key, found = caller.key, await self.catalogue.all()
+        return ModelsAnswer(
+            data=[_entry(*one, observed) for one in found if not key or key.may_use(one[0].name)]
+        )
 
-    async def model(self, reference: str) -> ModelEntry:
+    async def model(self, caller: Caller, reference: str) -> ModelEntry:
         """One of them."""
-        wanted = (await self.catalogue.find(reference)).reference
-        entries = (await self.models()).data
+        wanted = (await self._find(caller, reference)).reference
+        entries = (await self.models(caller)).data
         return next(entry for entry in entries if entry.id == wanted)
 
     async def ready(self) -> str:
@@ -336,6 +339,13 @@ class Service:
                 for i, effect in enumerate(directions.effects.tolist())
             ],
         )
+
+    async def metrics(self, caller: Caller) -> bytes:
+        """What `Counts.metrics` tells; raises `ProblemError` 403 for a key of some models only."""
+        if caller.key and caller.key.models is not None:
+            detail = "metrics tell of all models, and this API key is for some alone"
+            raise ProblemError(403, detail)
+        return await self.counts.metrics()
 
     async def _find(self, caller: Caller, reference: str | None, draw: int = 0) -> Model:
         """The model of a request; raises `ProblemError` 404, or 403 if the key may not use it."""

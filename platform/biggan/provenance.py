@@ -73,8 +73,8 @@ class Verdict(BaseModel):
 
     status: Status
     """verified: the recipes give these pixels. altered: they give others. claimed: nothing
-    proves the origin, as where 256 colours are left of the pixels. unknown model: the store has no
-    such model, or other weights under its name."""
+    proves the origin, as where 256 colours are left of the pixels, or one frame of many. unknown
+    model: the store has no such model, or other weights under its name."""
     origin: Origin | None = None
     largest: int | None = None
     """Largest difference, in grey levels, from the picture made again and saved in its format; None
@@ -318,6 +318,10 @@ def compare_size(origin: Origin, data: bytes, resolution: int) -> Verdict | None
     except UserError as error:
         return altered(origin, str(error))
     n, side = len(origin.recipes), resolution * origin.scale
+    # Of equal frames an animation keeps one.
+    if frames == 1 < n and size == (side, side) != origin.size:
+        sentence = f"names {origin.model}, but of {n} frames one is left, which proves nothing"
+        return Verdict(status="claimed", origin=origin, sentence=sentence)
     if frames > 1:
         fits = size == (side, side) and frames <= n and n * side**2 <= MAX_PIXELS
     else:

@@ -78,6 +78,17 @@ def test_a_key_opens_the_models_that_it_is_for(closed, secrets, monkeypatch):
     assert len(biggan.Client(closed).generate(3)) == 1
     with pytest.raises(EndpointError, match=r"403.*may not use model colour"):
         biggan.Client(closed, model="colour").generate(3)
+    headers = {"X-API-Key": secrets["grey-only"]}
+
+    def ask(path):
+        return requests.get(closed + path, headers=headers, timeout=60)
+
+    assert {entry["id"] for entry in ask("/v1/models").json()["data"]} == {"grey@v1"}
+    assert ask("/v1/models/grey@best").json()["id"] == "grey@v1"
+    for path in ("/v1/models/colour", "/v1/classes?model=colour", "/metrics"):
+        assert ask(path).status_code == 403, path
+    headers = {"X-API-Key": secrets["alice"]}
+    assert {entry["id"] for entry in ask("/v1/models").json()["data"]} == {"grey@v1", "colour@v1"}
 
 
 def test_whom_a_full_endpoint_turns_away_has_nothing_counted(storage, grey):

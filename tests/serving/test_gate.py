@@ -133,20 +133,20 @@ def test_haproxy_does_not_outlive_who_started_it(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "-c", start], env=os.environ | {"BIGGAN_HAPROXY": get_haproxy_binary()}
     )
-    await_port(port, open=True)
+    await_port(port, listening=True)
     parent.kill()
     parent.wait(10)
-    await_port(port, open=False)
+    await_port(port, listening=False)
 
 
-def await_port(port, *, open):
+def await_port(port, *, listening):
     """Wait until somebody listens, or nobody any more."""
     for _ in range(200):
         with socket.socket() as client:
-            if (client.connect_ex(("127.0.0.1", port)) == 0) == open:
+            if (client.connect_ex(("127.0.0.1", port)) == 0) == listening:
                 return
         time.sleep(0.05)
-    pytest.fail(f"port {port} is {'closed' if open else 'open'} still")
+    pytest.fail(f"port {port} is {'closed' if listening else 'open'} still")
 
 
 def test_it_repeats_what_a_full_gateway_says(gateway, tmp_path):
