@@ -1,7 +1,7 @@
 """The application: gateways in front of samplers, each scaling on its own.
 
-`serve run serving.app:build models='[digits@best]'`, `serve deploy serving/serve.yaml` and
-`python -m serving` all build it from an `EndpointConfig`.
+`serve deploy serving/serve.yaml`, a RayService and `python -m serving` build it from an
+`EndpointConfig`.
 """
 
 from __future__ import annotations
@@ -248,12 +248,13 @@ def _surge(config: EndpointConfig) -> int:
     )
 
 
-def build(config: EndpointConfig) -> serve.Application:
-    """The application that serves `config.models`.
+def build(config: EndpointConfig | Mapping[str, Any]) -> serve.Application:
+    """The application that serves `config.models`; a file's `args` are a mapping of the same.
 
-    Raises `UserError` if everybody is let in and Serve listens where other machines reach it:
+    Raises `ValidationError` for what is no `EndpointConfig`, and `UserError` if everybody is let in and Serve listens where other machines reach it:
     behind HAProxy a gateway sees the proxy's address, and not whose request it is.
     """
+    config = EndpointConfig.model_validate(config)
     controller = _get_global_client(raise_if_no_controller_running=False)
     if config.no_auth and controller:
         check_exposure(controller.http_config.host or "0.0.0.0", config.no_auth)

@@ -1,6 +1,7 @@
 """The endpoint on Ray Serve: models, aliases and canaries, over HTTP."""
 
 import base64
+import importlib
 import io
 import subprocess
 import sys
@@ -14,8 +15,12 @@ import numpy as np
 import psutil
 import pytest
 import requests
+import yaml
 from conftest import ROOT, add_imported, tiny, train_here
 from PIL import Image
+from pydantic import ValidationError
+from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 import biggan
 from biggan.errors import UserError
@@ -208,9 +213,21 @@ def test_an_open_endpoint_listens_on_this_machine_alone(tiny_model):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", None])
 def test_nor_does_one_that_is_deployed_by_a_file(cluster, monkeypatch, host):
-    serve = SimpleNamespace(http_config=SimpleNamespace(host=host))
-    monkeypatch.setattr("serving.app._get_global_client", lambda **_: serve)
+    controller = SimpleNamespace(http_config=SimpleNamespace(host=host))
+    monkeypatch.setattr("serving.app._get_global_client", lambda **_: controller)
     with pytest.raises(UserError, match="could use the endpoint"):
         build(EndpointConfig(no_auth=True))
-    serve.http_config.host = "127.0.0.1"
+    controller.http_config.host = "127.0.0.1"
     build(EndpointConfig(no_auth=True))
+
+
+def test_a_file_for_serve_deploy_builds_an_endpoint(cluster):
+    [application] = yaml.safe_load((ROOT / "serving/serve.yaml").read_text())["applications"]
+    module, name = application["import_path"].split(":")
+    builder = getattr(importlib.import_module(module), name)
+    # As Serve calls it, which looks at its annotations.
+    built = call_user_app_builder_with_args_if_necessary(builder, application["args"])
+    assert isinstance(built, serve.Application)
+    wrong = application["args"] | {"min_replicas": 9}
+    with pytest.raises(ValidationError, match="must not exceed max_replicas"):
+        call_user_app_builder_with_args_if_necessary(builder, wrong)
