@@ -251,8 +251,9 @@ def _surge(config: EndpointConfig) -> int:
 def build(config: EndpointConfig | Mapping[str, Any]) -> serve.Application:
     """The application that serves `config.models`; a file's `args` are a mapping of the same.
 
-    Raises `ValidationError` for what is no `EndpointConfig`, and `UserError` if everybody is let in and Serve listens where other machines reach it:
-    behind HAProxy a gateway sees the proxy's address, and not whose request it is.
+    Raises `ValidationError` for what is no `EndpointConfig`, and `UserError` if everybody is let in
+    and Serve listens where other machines reach it: behind HAProxy a gateway sees the proxy's
+    address, and not whose request it is.
     """
     config = EndpointConfig.model_validate(config)
     controller = _get_global_client(raise_if_no_controller_running=False)
