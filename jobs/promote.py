@@ -72,8 +72,12 @@ def main() -> None:
 
 
 def _roll_back(command: Promote) -> None:
-    if command.run is not None or command.sweep is not None:
-        raise UserError("--rollback exports nothing: leave --run and --sweep out")
+    others = {"run", "sweep", "name", "force", "alias", "licence"}
+    if given := [f"--{name}" for name in sorted(others) if getattr(command, name)]:
+        raise UserError(
+            f"--rollback MODEL@ALIAS takes the model and its alias, and exports nothing: leave"
+            f" {', '.join(given)} out"
+        )
     name, alias = split_reference(command.rollback or "")
     left, found = ModelStore(name, command.storage).roll_back(alias)
     print(f"{name}@{alias}: back from {left} to {found}")

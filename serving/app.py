@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp
 from biggan.directions import Directions
 from biggan.inversion import Progress
 from biggan.recipe import Recipe
+from serving import background
 from serving.api import create_api
 from serving.batching import Busy
 from serving.catalogue import Catalogue
@@ -112,7 +114,14 @@ class _Version:
         return answers
 
     async def ask(self, method: str, *arguments: Any) -> Any:
-        """What a sampler's method gives."""
+        """What a sampler's method gives.
+
+        Whoever leaves stops nothing: a model that has to be loaded first would be loaded anew for
+        the next who asks, and beside the former.
+        """
+        return await background.finish(self._ask(method, *arguments))
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
         for _ in range(2):  # Recipes give the same images elsewhere, if a sampler dies of one.
             # Those who have it may have too much to do: then others are to load it, for they would
             # be left idle else, however many come.
@@ -164,7 +173,7 @@ class RemoteLedger:
 
     async def observed(self) -> dict[str, Observed]:
         """See `Ledger.observed`."""
-        observed: dict[str, Observed] = await self.handle.observed.remote()
+        observed: dict[str, Observed] = await _of_ledger(self.handle.observed.remote())
         return observed
 
     async def take(self, key: Key, images: int) -> Admission | Refusal:
@@ -172,7 +181,8 @@ class RemoteLedger:
         return await self._taking.ask((key, images))
 
     async def _take(self, wanted: list[tuple[Key, int]]) -> list[Admission | Refusal]:
-        answers: list[Admission | Refusal] = await self.handle.take_all.remote(wanted)
+        answers: list[Admission | Refusal]
+        answers = await _of_ledger(self.handle.take_all.remote(wanted))
         return answers
 
     async def give_back(self, key: Key, images: int) -> None:
@@ -180,13 +190,22 @@ class RemoteLedger:
         await self._giving.ask((key, images))
 
     async def _give(self, taken: list[tuple[Key, int]]) -> list[None]:
-        await self.handle.give_back_all.remote(taken)
+        with suppress(RayActorError):  # What it had counted of the day is lost with it, anyhow.
+            await self.handle.give_back_all.remote(taken)
         return [None] * len(taken)
 
     async def metrics(self) -> bytes:
         """See `Ledger.metrics`."""
-        metrics: bytes = await self.handle.metrics.remote()
+        metrics: bytes = await _of_ledger(self.handle.metrics.remote())
         return metrics
+
+
+async def _of_ledger(answer: Awaitable[Any]) -> Any:
+    """What the ledger answers; raises `ProblemError` 503 if it died, for another is on its way."""
+    try:
+        return await answer
+    except RayActorError:
+        raise too_busy() from None
 
 
 @serve.deployment(max_ongoing_requests=1024, logging_config=QUIET)

@@ -16,7 +16,9 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -43,11 +45,15 @@ FRESH_SECONDS = 1.0
 """So long an alias is taken to point where it did, and a card to say what it said."""
 STALE_SECONDS = 5.0
 """So long it is still followed while it is looked up anew; after that a request waits for that, and
-for the version that it leads to by then: for as long at the most, should that take long to load."""
+for the version that it leads to by then: for as long at the most each, should the store hang, or
+that take long to load."""
 KEEP_SECONDS = 5.0
 """Between two looks of who follows aliases without being asked (`Catalogue.keep`)."""
 AGAIN_SECONDS = 10.0
 """After which a version that could not be loaded is tried again."""
+READERS = 4
+"""Threads that read the store."""
+T = TypeVar("T")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """Of an alias or a version: no path that leads out of the store."""
 
@@ -133,6 +139,8 @@ class Catalogue:
             name, alias = split_reference(reference)
             drawn.setdefault(name, {})[alias] = weight
         self.shares.update(drawn)
+        # Of its own: where the store hangs, nothing else is to wait for a thread.
+        self._readers = ThreadPoolExecutor(READERS, "store")
         self._followed: dict[str, _Followed] = {}
         self._versions: dict[str, _Known] = {}
 
@@ -188,13 +196,13 @@ class Catalogue:
             if age > FRESH_SECONDS and (followed.refresh is None or followed.refresh.done()):
                 followed.refresh = background.begin(self._follow(chosen, followed))
             if age > STALE_SECONDS and followed.refresh:
-                await asyncio.wait([followed.refresh])
+                await asyncio.wait([followed.refresh], timeout=STALE_SECONDS)
                 left = followed.began + STALE_SECONDS - time.monotonic()
                 if followed.loading and left > 0:
                     await asyncio.wait([followed.loading], timeout=left)
             return followed.model
         try:
-            model = await asyncio.to_thread(self._read, chosen)
+            model = await self._in_thread(self._read, chosen)
         except StorageError as error:  # Which names the store: not to be told to strangers.
             logger.info("%s: %s", chosen, error)
             raise _missing(reference, chosen) from None
@@ -204,7 +212,7 @@ class Catalogue:
     async def _follow(self, chosen: str, followed: _Followed) -> None:
         """Look up an alias anew; a store that cannot be read must not end the service."""
         try:
-            model = await asyncio.to_thread(self._read, chosen)
+            model = await self._in_thread(self._read, chosen)
             if model.reference == followed.model.reference:
                 followed.model = model
             elif followed.may_load(model.reference):
@@ -248,7 +256,10 @@ class Catalogue:
 
     async def all(self) -> list[tuple[Model, list[str], float]]:
         """Every version of the served names, its aliases, and its share of requests for NAME."""
-        return await asyncio.to_thread(self._all)
+        return await self._in_thread(self._all)
+
+    def _in_thread(self, read: Callable[..., T], *arguments: str) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._readers, read, *arguments)
 
     def _all(self) -> list[tuple[Model, list[str], float]]:
         found = []

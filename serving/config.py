@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from biggan.models import split_reference
 from serving.rendering import Precision
+
+_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
 class EndpointConfig(BaseModel):
@@ -40,7 +44,7 @@ class EndpointConfig(BaseModel):
     that they may call its images altered."""
     compiled: bool | None = None
     """Whether samplers compile models before they serve them; None: on a GPU. On a CPU it takes
-    minutes and costs more than it gives."""
+    some 10 s for each size of batch, and gains a tenth (`benchmarks/README.md`)."""
     min_searchers: int = Field(0, ge=0)
     """Searchers at rest, for inversion and super-resolution; with 0 the first search waits."""
     max_searchers: int = Field(2, ge=1)
@@ -57,6 +61,12 @@ class EndpointConfig(BaseModel):
                 f"min_replicas = {self.min_replicas}: must not exceed max_replicas ="
                 f" {self.max_replicas}"
             )
+        for reference in [*self.models, *self.canary]:
+            if not _REFERENCE.fullmatch(reference):
+                raise ValueError(
+                    f"model {reference}: must be NAME or NAME@ALIAS of the model store, whose place"
+                    " storage says"
+                )
         served = {split_reference(reference)[0] for reference in self.models}
         for reference, weight in self.canary.items():
             if split_reference(reference)[0] not in served:

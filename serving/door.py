@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -53,17 +54,23 @@ class RequireKey:
 class Door:
     """Refuses strangers before what they send is read: FastAPI reads it ahead of dependencies."""
 
-    def __init__(self, app: ASGIApp, guard: RequireKey, prefix: str = "/v1/") -> None:
-        """Paths under `prefix` need a key; without keys, a client on this very machine."""
-        self.app, self.guard, self.prefix = app, guard, prefix
+    def __init__(
+        self, app: ASGIApp, guard: RequireKey, closed: str = "/v1/", open_to_all: Sequence[str] = ()
+    ) -> None:
+        """Paths under `closed` need a key.
+
+        Without keys all paths but those `open_to_all` need a client on this very machine.
+        """
+        self.app, self.guard, self.closed, self.open_to_all = app, guard, closed, open_to_all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] == "http" and scope["path"].startswith(self.prefix):
+        if scope["type"] == "http":
             headers = Headers(scope=scope)
             try:
-                scope.setdefault("state", {})["key"] = self.guard.admit(headers)
-                if self.guard.keys is None:
+                if scope["path"].startswith(self.closed):
+                    scope.setdefault("state", {})["key"] = self.guard.admit(headers)
+                if self.guard.keys is None and scope["path"] not in self.open_to_all:
                     _check_nearness((scope.get("client") or ("", 0))[0], headers.get("Host", ""))
             except ProblemError as e:
                 refusal = problem_response(e.status, e.detail, e.errors, e.headers)

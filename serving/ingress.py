@@ -9,7 +9,11 @@ each setting gives is measured in `benchmarks/README.md`. For a cluster of its o
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
+
+from biggan.errors import UserError
 
 HAPROXY = Path(__file__).with_name("haproxy")
 
@@ -32,9 +36,10 @@ CALLS = {
 
 def environment(place: str = "biggan") -> dict[str, str]:
     """The variables; `place` tells apart the endpoints of different clusters on one machine."""
-    files, binary = f"/tmp/haproxy-{place}", _binary()
+    binary = _binary()
     if binary is None:
         return dict(CALLS)
+    files = _own_folder(f"/tmp/haproxy-{os.getuid()}-{place}")
     return CALLS | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
@@ -53,6 +58,21 @@ def environment(place: str = "biggan") -> dict[str, str]:
 def gated() -> bool:
     """Whether requests have come through the gate: else anybody may have written its header."""
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def _own_folder(path: str) -> str:
+    """A folder of this user's alone: whoever writes HAProxy's files can have keys sent elsewhere.
+
+    Raises `UserError` if another's is in its place. The path is short, as those of sockets are.
+    """
+    folder = Path(path)
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise UserError(f"{path}: belongs to another user; have it removed, or use another --port")
+    folder.chmod(0o700)
+    return path
 
 
 def _binary() -> str | None:

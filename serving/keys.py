@@ -41,6 +41,7 @@ REFRESH_SECONDS = 3.0
 """A revoked key is refused after these, and the time that it takes to read the keys."""
 STALE_SECONDS = 300.0
 """How long keys that were read stay good while the store cannot be read; then nobody gets in."""
+NO_KEY = "send an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -265,9 +266,7 @@ class Keys:
             wait = {"Retry-After": str(round(REFRESH_SECONDS))}
             raise ProblemError(503, "the endpoint cannot read its API keys", headers=wait)
         if not secret:
-            raise _unauthorized(
-                "send an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
-            )
+            raise _unauthorized(NO_KEY)
         key = self._by_hash.get(hashed(secret))
         if key is None:
             raise _unauthorized("this is no API key of this endpoint")

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from biggan.storage import StorageError
 from serving.schemas import MAX_BODY_BYTES, FieldProblem, Problem
 
 logger = logging.getLogger("ray.serve")
@@ -30,7 +31,7 @@ MAX_TEXT = 100
 MAX_UPLOADS = 32
 """Bodies of several megabytes that a gateway reads at once."""
 BODY_SECONDS = 60.0
-"""In which such a body has to come."""
+"""In which a body has to come."""
 VALUES = {"class", "edits", "z", "y"}
 """Fields whose values have parts that are no fields."""
 PIECEWISE = json.JSONEncoder(ensure_ascii=False)
@@ -75,6 +76,11 @@ def install(app: FastAPI, limits: Mapping[str, int] | None = None) -> None:
     @app.exception_handler(ProblemError)
     async def on_problem(_request: Request, error: ProblemError) -> Response:
         return problem_response(error.status, error.detail, error.errors, error.headers)
+
+    @app.exception_handler(StorageError)
+    async def on_missing(_request: Request, error: StorageError) -> Response:
+        logger.error("cannot be loaded: %s", error)  # It names the store: not for strangers.
+        return problem_response(404, "the model is not, or no longer, whole in the store")
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
@@ -176,7 +182,7 @@ def _short(text: str) -> str:
 class BodyLimit:
     """Refuses request bodies above a limit, by path, without reading them whole.
 
-    Of those that may be long only so many are read at once, and none for ever.
+    None is read for ever, and of those that may be long only so many at once.
     """
 
     def __init__(self, app: ASGIApp, limits: Mapping[str, int]) -> None:
@@ -190,7 +196,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         seen, limit = 0, self.limits.get(scope["path"], MAX_BODY_BYTES)
-        reading = scope["path"] in self.limits
+        coming, reading = True, scope["path"] in self.limits
         if reading and not self._room:
             detail, soon = "too many images are being uploaded; try again", {"Retry-After": "1"}
             await problem_response(503, detail, headers=soon)(scope, receive, send)
@@ -199,9 +205,9 @@ class BodyLimit:
         end = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def limited() -> Message:
-            nonlocal seen, reading
+            nonlocal seen, coming, reading
             try:
-                async with asyncio.timeout_at(end if reading else None):
+                async with asyncio.timeout_at(end if coming else None):
                     message = await receive()
             except TimeoutError:
                 detail = f"the body did not come within {BODY_SECONDS:g} s"
@@ -211,7 +217,7 @@ class BodyLimit:
                 raise HTTPException(413, f"the body is longer than {limit} bytes")
             if not message.get("more_body"):
                 self._room += reading
-                reading = False
+                coming = reading = False
             return message
 
         try:

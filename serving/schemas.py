@@ -294,7 +294,7 @@ class UpscaleRequest(UploadRequest):
         json_schema_extra={"examples": [{"image": EXAMPLE_PNG, "class": 3, "factor": 2}]}
     )
 
-    factor: Annotated[StrictInt, Field(ge=2, le=8)] | None = Field(
+    factor: Literal[2, 4, 8] | None = Field(
         None,
         description="2, 4 or 8; by default the largest that makes the image no larger than the"
         " model's resolution. An image of another size is first brought to that over this.",

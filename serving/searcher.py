@@ -23,6 +23,7 @@ from biggan.inversion import Inversion, OnStep, Progress, Stop, invert, upscale
 from biggan.models import load_generator
 from biggan.networks import Generator
 from biggan.parallel import CPU
+from serving import background
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Searcher:
         Nothing, if others took until its time was up. Raises `UserError` for an image or class that
         the model does not take. Closed before its end, it ends the search.
         """
-        G = await self.model(task.version)
+        G = await background.finish(self.model(task.version))
         loop, left = asyncio.get_running_loop(), threading.Event()
         told: asyncio.Queue[Progress | None] = asyncio.Queue()
 

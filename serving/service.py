@@ -24,6 +24,7 @@ from biggan.inversion import FACTORS, Progress
 from biggan.provenance import Verdict, altered, describe, lay_out, read_origin
 from biggan.recipe import MAX_SIDE, Recipe
 from biggan.reproduction import REFERENCE
+from biggan.storage import StorageError
 from serving import recipes
 from serving.batching import Busy
 from serving.catalogue import Catalogue, Model
@@ -70,6 +71,11 @@ from serving.searcher import Result, Task
 from serving.uploads import Decoder, decode_base64
 
 MOTION_THREADS = 2
+MAX_PENDING_PIXELS = 4 * MAX_MOTION_PIXELS
+"""Of images that are asked for, or wait to be encoded: where that is slower than making them, they
+would fill the memory. As RGB they are 800 MB."""
+START_SECONDS = 600.0
+"""So long images are waited for: the first sampler may need a new machine."""
 GRACE_SECONDS = 10.0
 """So long after its deadline a search may take to its first news: a model may have to be loaded."""
 NOTHING_OBSERVED = Observed(requests=0, error_rate=0.0, p50_ms=None, p95_ms=None)
@@ -148,6 +154,7 @@ class Service:
         self.decoder = Decoder()
         # Animations take seconds; in threads of their own they keep no picture waiting.
         self._motion = ThreadPoolExecutor(MOTION_THREADS, "motion")
+        self._pixels = 0
         self._ready = ""
 
     async def generate(self, caller: Caller, request: GenerateRequest) -> tuple[Made, Answer]:
@@ -155,8 +162,10 @@ class Service:
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         model = await self._find(caller, request.model, seed)
         columns = _columns(request, request.n, math.ceil(math.sqrt(request.n)), model)
-        made = await self._make(caller, model, recipes.generated(request, seed, model))
-        answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
+        wanted = recipes.generated(request, seed, model)
+        async with self._place(caller, model, request.n):
+            made = await self._make(model, wanted)
+            answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
         return made, answer
 
     async def interpolate(self, caller: Caller, request: InterpolateRequest) -> tuple[Made, Answer]:
@@ -175,23 +184,25 @@ class Service:
             field = "scale" if request.scale > 1 else "frames"
             recipes.refuse(field, getattr(request, field), limit)
         stops = recipes.stops(request.stops, request.truncation, model)
-        frames = await self.painter.walk(model.reference, stops, request.frames, request.loop)
-        made = await self._make(caller, model, frames)
-        answer = await asyncio.get_running_loop().run_in_executor(
-            self._motion, lambda: _motion(made, request)
-        )
+        async with self._place(caller, model, frames_in_all, request.scale):
+            frames = await self.painter.walk(model.reference, stops, request.frames, request.loop)
+            made = await self._make(model, frames)
+            answer = await asyncio.get_running_loop().run_in_executor(
+                self._motion, lambda: _motion(made, request)
+            )
         return made, answer
 
     async def edit(self, caller: Caller, request: EditRequest) -> tuple[Made, Answer]:
         """An image changed along directions, and towards a class."""
         model = await self._find(caller, request.model, _draw(request, request.image.seed))
-        towards = None
-        if request.morph and request.image.y is not None:
-            classes = recipes.morph_classes(request, model)
-            towards = await self.painter.embedding(model.reference, classes)
         columns = _columns(request, request.steps, request.steps, model)
-        made = await self._make(caller, model, recipes.edited(request, model, towards))
-        answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
+        async with self._place(caller, model, request.steps):
+            towards = None
+            if request.morph and request.image.y is not None:
+                classes = recipes.morph_classes(request, model)
+                towards = await self.painter.embedding(model.reference, classes)
+            made = await self._make(model, recipes.edited(request, model, towards))
+            answer = await asyncio.to_thread(encode, made, request.format, request.layout, columns)
         return made, answer
 
     async def search(
@@ -236,17 +247,18 @@ class Service:
         # Only its size is of use: EXIF may have it turned.
         image = await self.decoder.decode(data, mode=mode)
         fitting = [f for f in FACTORS if f * max(image.shape[:2]) <= side]
-        factor = request.factor or max(fitting, default=FACTORS[0])
-        if factor not in FACTORS or side // factor < 2:
-            recipes.refuse("factor", factor, f"must be 2, 4 or 8, and below {side} pixels")
+        factor: int = request.factor or max(fitting, default=FACTORS[0])
+        if side // factor < 2:
+            recipes.refuse("factor", factor, f"would leave less than 2 of {side} pixels")
         return await self.decoder.decode(data, mode=mode, side=side // factor), factor
 
     async def verify(self, caller: Caller, request: VerifyRequest) -> VerifyAnswer:
         """Whether an image came from the models that are served."""
         data = decode_base64(request.image, "image")
-        # Even of a file with no origin it is looked whether it is an image at all.
-        await self.decoder.decode(data, mode="RGB")
-        origin = read_origin(data)
+        async with self._admitted(caller.key, 1):  # To read a file is work, whatever it says.
+            # Even of a file with no origin it is looked whether it is an image at all.
+            await self.decoder.decode(data, mode="RGB")
+            origin = await asyncio.to_thread(read_origin, data)
         if origin is None:
             return VerifyAnswer(status="no origin", detail="says nothing of where it came from")
         try:
@@ -269,7 +281,10 @@ class Service:
         verdict = await self.decoder.compare(origin, data, nothing)
         if verdict is None:
             try:
-                made = await self._make(caller, model, list(origin.recipes))
+                async with self._place(caller, model, len(origin.recipes)):
+                    made = await self._make(model, list(origin.recipes))
+            except StorageError:  # That is not the file's fault, and names the store.
+                raise
             except UserError as error:  # Whoever wrote the file could write anything.
                 return _verdict(altered(origin, f"that model cannot have made it: {error}"))
             verdict = await self.decoder.compare(origin, data, made.images)
@@ -287,10 +302,11 @@ class Service:
         except UnknownClassError as error:
             recipes.refuse("prompt", request.prompt, str(error))
         n = request.n or 1
-        made = await self._make(
-            caller, model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
-        )
-        return await asyncio.to_thread(_images_response, made, request, size)
+        async with self._place(caller, model, n):
+            made = await self._make(
+                model, [Recipe(classes={wanted: 1.0}, seed=seed + i) for i in range(n)]
+            )
+            return await asyncio.to_thread(_images_response, made, request, size)
 
     async def models(self, caller: Caller) -> ModelsAnswer:
         """Every version of the models that the caller may use, and how it fared of late."""
@@ -303,8 +319,10 @@ class Service:
     async def model(self, caller: Caller, reference: str) -> ModelEntry:
         """One of them."""
         wanted = (await self._find(caller, reference)).reference
-        entries = (await self.models(caller)).data
-        return next(entry for entry in entries if entry.id == wanted)
+        for entry in (await self.models(caller)).data:
+            if entry.id == wanted:
+                return entry
+        raise ProblemError(404, f"{wanted} is no longer in the store")
 
     async def ready(self) -> str:
         """NAME@VERSION of the default model, which has been loaded by then.
@@ -355,20 +373,45 @@ class Service:
             caller.key.check_model(model.name)
         return model
 
-    async def _make(self, caller: Caller, model: Model, wanted: list[Recipe]) -> Made:
-        others = caller.turned_away * len(wanted)
-        if busy := self.painter.full(model.reference, len(wanted), others):
+    @asynccontextmanager
+    async def _place(
+        self, caller: Caller, model: Model, images: int, scale: int = 1
+    ) -> AsyncIterator[None]:
+        """Room for images, from before they are made until they are encoded `scale` times as large.
+
+        They are counted for the key. Raises `ProblemError` 403 or 429 as it has it, 503 without
+        room.
+        """
+        if busy := self.painter.full(model.reference, images, caller.turned_away * images):
             raise too_busy(busy.seconds, busy.many)  # Nothing to count, then.
-        async with self._admitted(caller.key, len(wanted)):
-            images = await self.painter.synthesize(model.reference, wanted)
-            if isinstance(images, Busy):
-                raise too_busy(images.seconds)
-        caller.images = len(wanted)
+        pixels = images * (model.config.resolution * scale) ** 2
+        if self._pixels and self._pixels + pixels > MAX_PENDING_PIXELS:
+            raise too_busy(1.0)
+        self._pixels += pixels
+        try:
+            async with self._admitted(caller.key, images):
+                yield
+        finally:
+            self._pixels -= pixels
+        caller.images = images
+
+    async def _make(self, model: Model, wanted: list[Recipe]) -> Made:
+        """Their images; raises `ProblemError` 503 if samplers have no room, or there is none."""
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                images = await self.painter.synthesize(model.reference, wanted)
+        except TimeoutError:
+            raise too_busy() from None
+        if isinstance(images, Busy):
+            raise too_busy(images.seconds)
         return Made(model, wanted, images)
 
     @asynccontextmanager
     async def _admitted(self, key: Key | None, images: int) -> AsyncIterator[None]:
-        """Count images for a key, unless they are not made; raises `ProblemError` 403 or 429."""
+        """Count images for a key, unless making them fails; raises `ProblemError` 403 or 429.
+
+        Whoever leaves is not given them back: they are made all the same.
+        """
         if key is None:
             yield
             return
@@ -377,7 +420,7 @@ class Service:
             raise answer.problem()
         try:
             yield
-        except BaseException:
+        except Exception:
             await self.counts.give_back(key, images)
             raise
 

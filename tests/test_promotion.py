@@ -8,17 +8,19 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import add_imported, job, tiny, train_here
+from conftest import add_imported, tiny, train_here
 from PIL import Image
 from safetensors.torch import load_file
 
 import biggan
 from biggan import claim as claims
+from biggan import promotion as promotions
 from biggan.candidates import load_checkpoint
 from biggan.claim import ClaimError
 from biggan.config import ModelConfig
 from biggan.errors import UserError
-from biggan.models import ModelStore, find_model, load_card, split_reference
+from biggan.metrics.report import Evaluation, Measure
+from biggan.models import CARD, ModelStore, find_model, load_card, split_reference
 from biggan.networks import Generator
 from biggan.parallel import CPU
 from biggan.promotion import best_trial
@@ -172,13 +174,17 @@ def test_aliases_that_could_be_taken_for_something_else(tiny_model, alias):
         ModelStore("tiny").set_alias(alias, "v1")
 
 
-def test_a_rollback_goes_back_the_way_that_an_alias_came(tiny_model):
+def test_a_rollback_goes_back_the_way_that_an_alias_came(tiny_model, job_here):
     for _ in range(3):
         add_imported("backwards", biggan.load_generator("tiny@v1"))
     store = ModelStore("backwards")
     for version in ("v1", "v2", "v2", "v3", "v1"):
         store.set_alias("stable", version)
-    back = job("promote", "--rollback", "backwards@stable").stdout
+    # Whoever means the canary must not take production back.
+    wrong = ("--rollback", "backwards", "--alias", "stable", "--force")
+    status, said = job_here("promote", *wrong)
+    assert (status, "leave --alias, --force out" in said) == (2, True)
+    _, back = job_here("promote", "--rollback", "backwards@stable")
     assert back == "backwards@stable: back from v1 to v3\n"
     assert store.roll_back("stable") == ("v3", "v2")
     assert store.roll_back("stable") == ("v2", "v1")
@@ -192,9 +198,8 @@ def test_a_rollback_goes_back_the_way_that_an_alias_came(tiny_model):
 
 def test_aliases_that_are_set_at_once_do_not_undo_each_other(storage, monkeypatch):
     monkeypatch.setattr(claims, "BEAT", 0.8)  # Who waits looks again every 0.1 s.
-    G = Generator(ModelConfig(ch_g=1, ch_d=1), resolution=16, channels=1, n_classes=2)
     for _ in range(2):
-        add_imported("contended", G.eval())
+        add_imported("contended", tiniest())
     store = ModelStore("contended")
     store.set_alias("best", "v2")
     together = threading.Barrier(2)
@@ -214,6 +219,70 @@ def test_aliases_that_are_set_at_once_do_not_undo_each_other(storage, monkeypatc
         for _ in range(moves):
             store.roll_back(alias)
     assert store.aliases() == {"best": "v2", "candidate": "v1"}
+
+
+def tiniest():
+    config = ModelConfig(ch_g=1, ch_d=1)
+    return Generator(config, resolution=16, channels=1, n_classes=2).eval()
+
+
+def with_fids(name, *fids):
+    """A store of versions with these FIDs, of one protocol, the first of which is best."""
+    store = ModelStore(name)
+    for fid in fids:
+        folder = add_imported(name, tiniest())
+        card = load_card(folder).model_copy(update={"fid": fid, "fid_protocol": {"images": 64}})
+        folder.write_json(CARD, card.model_dump(mode="json"))
+    store.set_alias("best", "v1")
+    return store
+
+
+def test_of_promotions_at_once_the_better_is_best(storage, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 0.8)
+    store = with_fids("raced", 10.0, 5.0, 7.0)
+    met = threading.Barrier(2)
+
+    def load_late(folder):
+        """For v3's promotion, of what is best: the other is done by the time that it has it."""
+        card = load_card(folder)
+        if threading.current_thread().name.startswith("late"):
+            with suppress(threading.BrokenBarrierError):
+                met.wait(2)
+        return card
+
+    monkeypatch.setattr(promotions, "load_card", load_late)
+
+    def promoted(version):
+        while True:
+            with suppress(ClaimError):
+                return promotions._move_best(store, load_card(store.folder / version), force=False)
+
+    with ThreadPoolExecutor(1, "late") as late:
+        third = late.submit(promoted, "v3")
+        second, _ = promoted("v2")
+        with suppress(threading.BrokenBarrierError):
+            met.wait(2)
+        third.result()
+    assert second
+    assert store.aliases()["best"] == "v2"
+
+
+def test_what_is_noted_at_once_is_all_on_the_card(storage, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 0.8)
+    store = with_fids("noted", 10.0)
+    protocols = [{"images": n} for n in range(4)]
+
+    def note(protocol):
+        while True:
+            with suppress(ClaimError):
+                fid = Measure(value=1.0, deviation=None, values=[1.0], protocol=protocol)
+                about = {"subject": "noted@v1", "created": "now", "repeats": 1}
+                return store.note("v1", Evaluation(measures={"fid": fid}, **about))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(note, protocols))
+    noted = load_card(store.folder / "v1").evaluations
+    assert sorted(e.protocol["images"] for e in noted) == [0, 1, 2, 3]
 
 
 def test_a_candidate_leaves_best_alone(tiny_run, tiny_model, worse_run):

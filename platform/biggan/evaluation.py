@@ -165,7 +165,7 @@ def _keep(subject: Subject, evaluation: Evaluation) -> None:
     """Write the result beside what was measured, and onto a model's card."""
     subject.folder.write_json(EVALUATION, evaluation.model_dump(mode="json"))
     if "@" in subject.name:
-        ModelStore(subject.folder.parent.uri).note(load_card(subject.folder), evaluation)
+        ModelStore(subject.folder.parent.uri).note(subject.folder.name, evaluation)
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,9 @@ def import_weights(
         samples, columns = class_columns(G.to(Workers.current().device))
         store.add(G, card, samples, columns, D)
     elif licence and licence != card.licence:
-        card = store.relicense(card, licence)
-    if force or BEST not in store.aliases():
-        store.set_alias(BEST, card.version)
-    is_best = store.aliases()[BEST] == card.version
+        card = store.relicense(card.version, licence)
+    own = {None, card.version}
+    is_best = store.set_alias(BEST, card.version, unless=lambda now: not force and now not in own)
     return Import(store.folder / card.version, card, G, D, is_best)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -118,10 +119,17 @@ class ModelStore:
         aliases: dict[str, str] = self.folder.read_json(ALIASES)
         return aliases
 
-    def set_alias(self, alias: str, version: str) -> None:
-        """Point an alias at a version, in one atomic step.
+    def set_alias(
+        self,
+        alias: str,
+        version: str,
+        unless: Callable[[str | None], bool] = lambda _current: False,
+    ) -> bool:
+        """Point an alias at a version, in one atomic step; returns whether it does.
 
-        Raises `StorageError`, and `ClaimError` while another command points the model's aliases.
+        It stays if `unless` says so of the version that it points to, which no other command can
+        change in between. Raises `StorageError`, and `ClaimError` while another command points the
+        model's aliases.
         """
         if re.fullmatch(r"v[0-9]+", check_name(alias)):
             raise StorageError(
@@ -133,12 +141,15 @@ class ModelStore:
         with claimed(self.folder, "given an alias") as claim:
             aliases, history = self.aliases(), self._history()
             current = aliases.get(alias)
+            if unless(current):
+                return False
             claim.check()
             if current not in (None, version):
                 # Before the alias moves: what is noted in vain does no harm, what is missing would.
                 history[alias] = [*history.get(alias, []), current]
                 self.folder.write_json(HISTORY, history)
             self.folder.write_json(ALIASES, aliases | {alias: version})
+        return True
 
     def roll_back(self, alias: str) -> tuple[str, str]:
         """Point an alias back at the version that it pointed to before.
@@ -213,24 +224,34 @@ class ModelStore:
             draft.write_json(CARD, card.model_dump(mode="json"))
         return folder
 
-    def relicense(self, card: ModelCard, licence: str) -> ModelCard:
-        """Write a licence onto a version's card; returns the card."""
-        card = card.model_copy(update={"licence": licence})
-        (self.folder / card.version).write_json(CARD, card.model_dump(mode="json"))
-        return card
+    def relicense(self, version: str, licence: str) -> ModelCard:
+        """Write a licence onto a version's card; returns the card. Raises `ClaimError`."""
+        return self._rewrite(version, lambda _card: {"licence": licence})
 
-    def note(self, card: ModelCard, evaluation: Evaluation) -> ModelCard:
-        """Write an evaluation onto a version's card; returns the card.
+    def note(self, version: str, evaluation: Evaluation) -> ModelCard:
+        """Write an evaluation onto a version's card; returns the card. Raises `ClaimError`.
 
         It takes the place of an earlier one of the same protocol. A model without an FID, such as
         an imported one, has it for its own from then on.
         """
-        others = [e for e in card.evaluations if differences(e.protocol, evaluation.protocol)]
-        update: dict[str, Any] = {"evaluations": [*others, evaluation]}
-        if card.fid is None:
-            update |= {"fid": evaluation.value, "fid_protocol": evaluation.protocol}
-        card = card.model_copy(update=update)
-        (self.folder / card.version).write_json(CARD, card.model_dump(mode="json"))
+
+        def noted(card: ModelCard) -> dict[str, Any]:
+            others = [e for e in card.evaluations if differences(e.protocol, evaluation.protocol)]
+            update: dict[str, Any] = {"evaluations": [*others, evaluation]}
+            if card.fid is None:
+                update |= {"fid": evaluation.value, "fid_protocol": evaluation.protocol}
+            return update
+
+        return self._rewrite(version, noted)
+
+    def _rewrite(self, version: str, change: Callable[[ModelCard], dict[str, Any]]) -> ModelCard:
+        """Change fields of a version's card as it is by now, for others may have written it."""
+        folder = self.folder / version
+        with claimed(folder, "noted on") as claim:
+            card = load_card(folder)
+            card = card.model_copy(update=change(card))
+            claim.check()
+            folder.write_json(CARD, card.model_dump(mode="json"))
         return card
 
     def next_version(self) -> str:

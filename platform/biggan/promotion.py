@@ -70,7 +70,7 @@ def promote(
     store = ModelStore(name or default_name(candidate.record.config), root)
     card = _already_there(store, candidate) or _export(store, candidate, licence or "", root)
     if licence is not None and licence != card.licence:
-        card = store.relicense(card, licence)
+        card = store.relicense(card.version, licence)
     if alias is not None:
         store.set_alias(alias, card.version)
         is_best, reason = store.aliases().get(BEST) == card.version, f"{alias} was asked for"
@@ -178,17 +178,26 @@ def class_columns(
 
 def _move_best(store: ModelStore, card: ModelCard, force: bool) -> tuple[bool, str]:
     """Point `best` at a version if it deserves it; returns whether it points there, and why."""
-    current = store.aliases().get(BEST)
+    reason = ""
+
+    def stays(current: str | None) -> bool:
+        nonlocal reason
+        better, reason = _deserves_best(store, card, current)
+        if force and not better:
+            reason = "forced"
+        return not (better or force)
+
+    if store.set_alias(BEST, card.version, unless=stays):
+        return True, reason
+    return False, f"{reason}; --force moves it all the same"
+
+
+def _deserves_best(store: ModelStore, card: ModelCard, current: str | None) -> tuple[bool, str]:
+    if current is None:
+        return True, "the first version"
     if current == card.version:
         return True, f"it is {store.name}@{BEST} already"
-    if current is None:
-        better, reason = True, "the first version"
-    else:
-        better, reason = _is_better(card, load_card(store.folder / current))
-    if not (better or force):
-        return False, f"{reason}; --force moves it all the same"
-    store.set_alias(BEST, card.version)
-    return True, reason if better else "forced"
+    return _is_better(card, load_card(store.folder / current))
 
 
 def _is_better(card: ModelCard, best: ModelCard) -> tuple[bool, str]:

@@ -3,6 +3,7 @@
 import base64
 import importlib
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -87,7 +88,7 @@ def test_an_answer_of_many_bytes_goes_through(endpoint, wide):
 
 
 def test_haproxy_listens_where_the_endpoint_does_and_nowhere_else(endpoint, cluster):
-    place = "haproxy-" + cluster.address.rpartition(":")[2]
+    place = f"haproxy-{os.getuid()}-" + cluster.address.rpartition(":")[2]
     listening = set()
     for process in psutil.process_iter():
         if process.name() == "haproxy" and any(place in word for word in process.cmdline()):

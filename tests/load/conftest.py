@@ -39,10 +39,10 @@ def deploy(cluster, reference):
     """Runs `python -m serving` with the options given to it, and again; gives the URL."""
     port = free_port()
 
-    def run(*options, model="loaded@best"):
+    def run(*options, model="loaded@best", auth=("--no-auth",)):
         command = [
             *(sys.executable, "-m", "serving", "--models", model, "--port", str(port)),
-            *("--cpus-per-replica", "0.5", "--no-auth", "--detach", *options),
+            *("--cpus-per-replica", "0.5", *auth, "--detach", *options),
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -15,6 +15,8 @@ from PIL import Image
 from ray.util.state import list_actors
 
 import biggan
+from biggan.client import KEY
+from serving.keys import KeyStore, Limits
 
 
 def replicas(deployment):
@@ -32,9 +34,11 @@ def until(condition, seconds):
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("deployment", ["Sampler", "Gateway"])
-def test_nobody_notices_that_the_only_replica_is_killed(deploy, reference, deployment):
-    url = deploy("--max-replicas", "1", "--max-gateways", "1")
+@pytest.mark.parametrize("deployment", ["Sampler", "Gateway", "Ledger"])
+def test_nobody_notices_that_the_only_replica_is_killed(deploy, reference, deployment, monkeypatch):
+    # With keys, every request asks the ledger.
+    monkeypatch.setenv(KEY, KeyStore().make(deployment.lower(), Limits(rate=10**6)))
+    url = deploy("--max-replicas", "1", "--max-gateways", "1", auth=())
     with load(url, reference, clients=4) as seen:
         until(lambda: len(seen.answered) > 20, 60)
         [killed] = replicas(deployment)

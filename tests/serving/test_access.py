@@ -4,20 +4,26 @@ import asyncio
 import base64
 import io
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
 import openai
 import pytest
 import requests
-from local_endpoint import new_service, served
+from conftest import add_imported
+from local_endpoint import new_service, random_generator, served
 from PIL import Image
 
 import biggan
 from biggan.client import EndpointError
+from biggan.models import CARD, WEIGHTS
 from biggan.pixels import sheet
+from biggan.storage import storage_root
 from serving.batching import Busy
+from serving.encoding import encode_motion
 from serving.ingress import TURNED_AWAY
 from serving.keys import Keys, KeyStore, Limits
 from serving.ledger import SILENT_SECONDS, Batch, Ledger
@@ -36,6 +42,7 @@ def secrets(storage):
         "slow": Limits(rate=60),
         "listening": Limits(quota=3),
         "leaving": Limits(quota=3),
+        "verifying": Limits(quota=10),
     }
     return {name: store.make(name, given) for name, given in limits.items()}
 
@@ -271,10 +278,14 @@ def test_an_open_endpoint_is_open_to_this_machine_alone(grey):
     ],
 )
 def test_an_open_endpoint_answers_to_its_own_names_alone(grey, host, status):
+    headers = {"Host": host}
     with served(new_service(["grey"])) as url:
-        answer = requests.get(f"{url}/v1/classes", headers={"Host": host}, timeout=60)
-    assert answer.status_code == status
-    assert status == 200 or "open as localhost alone" in answer.json()["detail"]
+        for path in ("/v1/classes", "/metrics", "/", "/docs", "/openapi.json"):
+            answer = requests.get(url + path, headers=headers, timeout=60)
+            assert answer.status_code == status, path
+            assert status == 200 or "open as localhost alone" in answer.json()["detail"]
+        for path in ("/healthz", "/readyz"):  # For balancers, which may have names of their own.
+            assert requests.get(url + path, headers=headers, timeout=60).status_code == 200
 
 
 def test_uploads_have_a_bound_of_number_and_of_time(grey, monkeypatch):
@@ -283,12 +294,16 @@ def test_uploads_have_a_bound_of_number_and_of_time(grey, monkeypatch):
     file = io.BytesIO()
     Image.new("L", (16, 16)).save(file, "PNG")
     body = {"image": base64.b64encode(file.getvalue()).decode()}
-    begun = b"POST /v1/verify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+
+    def begun(path):
+        connection = slow.enter_context(socket.create_connection(place))
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{{"
+        connection.sendall(head.encode())
+        return connection
+
     with served(new_service(["grey"])) as url, ExitStack() as slow:
         place = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        slots = [slow.enter_context(socket.create_connection(place)) for _ in range(2)]
-        for connection in slots:
-            connection.sendall(begun)
+        slots = [begun("/v1/verify"), begun("/v1/verify"), begun("/v1/generate")]
         time.sleep(0.3)
         refused = requests.post(f"{url}/v1/verify", json=body, timeout=60)
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
@@ -297,6 +312,94 @@ def test_uploads_have_a_bound_of_number_and_of_time(grey, monkeypatch):
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
         for _ in range(4):
             assert requests.post(f"{url}/v1/verify", json=body, timeout=60).ok
+
+
+def test_who_leaves_is_not_given_back_what_is_made_all_the_same(storage, grey):
+    secret = KeyStore().make("impatient", Limits(quota=10))
+    service = new_service(["grey"])
+    making, counts = threading.Event(), service.counts
+
+    async def make(*_asked):
+        making.set()
+        await asyncio.sleep(60)
+
+    service.painter.synthesize = make
+    with served(service, Keys()) as url:
+        body, headers = {"class": 3, "n": 8}, {"X-API-Key": secret}
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(f"{url}/v1/generate", json=body, headers=headers, timeout=1)
+        assert making.is_set()
+        answer = requests.post(f"{url}/v1/generate", json=body, headers=headers, timeout=60)
+    assert (answer.status_code, "2 of which are left" in answer.text) == (429, True)
+    assert counts.meter._used[counts.meter._day]["impatient"] == 8
+
+
+def test_a_sampler_that_does_not_come_is_not_waited_for_for_ever(grey, monkeypatch):
+    monkeypatch.setattr("serving.service.START_SECONDS", 0.2)
+    service = new_service(["grey"])
+    service.painter.synthesize = lambda *_asked: asyncio.sleep(60)
+    with served(service) as url:
+        answer = requests.post(f"{url}/v1/generate", json={"class": 3}, timeout=60)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+
+
+def test_what_waits_to_be_encoded_is_bounded(grey, monkeypatch):
+    monkeypatch.setattr("serving.service.MAX_PENDING_PIXELS", 100 * 32**2)
+    service = new_service(["grey"])
+    encoding, done = threading.Event(), threading.Event()
+
+    def slow(*given, **form):
+        encoding.set()
+        assert done.wait(30)
+        return encode_motion(*given, **form)
+
+    monkeypatch.setattr("serving.service.encode_motion", slow)
+    body = {"stops": [{"class": 3, "seed": 0}, {"class": 4, "seed": 1}], "frames": 32, "scale": 2}
+    with served(service) as url, ThreadPoolExecutor(1) as pool:
+
+        def ask():
+            return requests.post(f"{url}/v1/interpolate", json=body, timeout=60).status_code
+
+        first = pool.submit(ask)
+        assert encoding.wait(30)
+        assert ask() == 503  # 64 frames twice.
+        assert requests.post(f"{url}/v1/generate", json={"class": 3}, timeout=60).ok
+        done.set()
+        assert first.result() == 200
+        assert ask() == 200
+
+
+def test_a_verification_counts_for_the_key(closed, secrets):
+    headers = {"X-API-Key": secrets["verifying"]}
+
+    def verify(content):
+        body = {"image": base64.b64encode(content).decode()}
+        return requests.post(f"{closed}/v1/verify", json=body, headers=headers, timeout=60)
+
+    body = {"class": 3, "n": 4}
+    sheet = requests.post(f"{closed}/v1/generate", json=body, headers=headers, timeout=60).content
+    assert verify(sheet).json()["status"] == "verified"  # Its 4 images, and 1 to read it.
+    plain = io.BytesIO()
+    Image.new("L", (16, 16)).save(plain, "PNG")
+    assert verify(plain.getvalue()).json()["status"] == "no origin"
+    assert verify(plain.getvalue()).status_code == 429
+
+
+def test_a_model_that_left_the_store_is_told_as_such(storage):
+    name = "leaver"
+    folder = add_imported(name, random_generator(2))
+    service = new_service([name])
+    with served(service) as url:
+        assert requests.get(f"{url}/v1/models/{name}@v1", timeout=60).status_code == 200
+        for child in (CARD, WEIGHTS):
+            folder.delete_file(child)
+        for answer in (
+            requests.get(f"{url}/v1/models/{name}@v1", timeout=60),
+            requests.post(f"{url}/v1/generate", json={"class": 3}, timeout=60),
+        ):
+            assert answer.status_code == 404
+            assert answer.headers["Content-Type"] == PROBLEM
+            assert storage_root() not in answer.text
 
 
 def test_the_openai_client_works_unchanged(closed, secrets, grey):

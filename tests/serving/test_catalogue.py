@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import add_imported
 from local_endpoint import random_generator
 
 from biggan.directions import NAMES, write_names
-from biggan.models import CARD, WEIGHTS, WEIGHTS_SHA256, ModelStore, load_card
+from biggan.models import CARD, WEIGHTS, WEIGHTS_SHA256, ModelStore
 from biggan.storage import storage_root
 from serving import catalogue as catalogue_module
 from serving.catalogue import Catalogue
@@ -62,7 +63,7 @@ def test_a_changed_card_and_new_names_are_noticed_without_the_weights(folder, ca
         assert (before.card.licence, before.direction_names[0]) == ("", "0")
         folder.delete_file(WEIGHTS)
         folder.delete_file(WEIGHTS_SHA256)
-        ModelStore(folder.parent.name).relicense(load_card(folder), "CC0-1.0")
+        ModelStore(folder.parent.name).relicense(folder.name, "CC0-1.0")
         relicensed = await ask_until(ask, lambda model: model.card.licence == "CC0-1.0")
         write_names(folder, {0: "thickness"})
         named = await ask_until(ask, lambda model: model.direction_names[0] == "thickness")
@@ -100,7 +101,7 @@ def test_a_version_whose_card_is_damaged_meanwhile_is_served_as_it_was(folder, c
             assert await catalogue.find(None) == before
             assert await of_all(catalogue) == before
         folder.write_bytes(file, good)
-        ModelStore(folder.parent.name).relicense(load_card(folder), "CC0-1.0")
+        ModelStore(folder.parent.name).relicense(folder.name, "CC0-1.0")
         await ask_until(lambda: catalogue.find(None), lambda model: model.card.licence)
 
     asyncio.run(damage())
@@ -220,6 +221,23 @@ def test_nobody_waits_long_for_what_takes_long_to_load(folder, monkeypatch):
         await ask_until(lambda: catalogue.find(None), lambda model: model.card.version == newer)
 
     asyncio.run(move())
+
+
+def test_a_store_that_hangs_stops_nobody_for_long(catalogue, monkeypatch):
+    monkeypatch.setattr(catalogue_module, "STALE_SECONDS", 0.3)
+    hangs = threading.Event()
+
+    async def ask():
+        before = await catalogue.find(None)
+        monkeypatch.setattr(catalogue, "_read", lambda _chosen: hangs.wait(30) and before)
+        for _ in range(3):
+            await asyncio.sleep(0.4)  # It is stale by then.
+            began = time.monotonic()
+            assert await catalogue.find(None) is before
+            assert time.monotonic() - began < 2
+        hangs.set()
+
+    asyncio.run(ask())
 
 
 def test_a_damaged_version_leaves_the_others_listed(folder, catalogue):

