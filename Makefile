@@ -24,8 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 quickstart: install  ## train digits on this machine, in about 3 minutes, and look at them
 	$(BIN)/python jobs/quickstart.py
-	@$(BIN)/python tests/readability.py && echo "picture: $${BIGGAN_STORAGE:-storage}/digits.png" && \
-	  echo "serve it: make serve"
+	@$(BIN)/python tests/readability.py
 
 serve: install  ## serve MODEL (digits@best) on PORT (8000) to this machine alone, without keys
 	$(BIN)/python -m serving --models $(MODEL) --port $(PORT) --no-auth
@@ -41,14 +40,14 @@ NAME := $(GOALS)
 $(GOALS): api-key ; @:
 endif
 
-api-key: install  ## make NAME a key to the endpoint, and show it once: make api-key NAME
+api-key: install  ## make a key to the endpoint, for 600 images a minute, and show it once: make api-key NAME
 	@$(BIN)/python -m serving.keys make -- '$(NAME)'
 
 token: install  ## make the key to your clusters, ~/.ray/auth_token, if there is none
 	@env -u RAY_AUTH_TOKEN -u RAY_AUTH_TOKEN_PATH $(BIN)/ray get-auth-token --generate > /dev/null 2>&1 && chmod 600 ~/.ray/auth_token
 	@echo "the key to your clusters: $$HOME/.ray/auth_token; with RAY_AUTH_MODE=token Ray uses it"
 
-test: install lint  ## lint, format check, types, and all tests
+test: install lint  ## lint, format check, types, and the tests that need one machine; test-... are the others
 	$(BIN)/python -m pytest
 
 test-api: install  ## thousands of requests made up from the OpenAPI document

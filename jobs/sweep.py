@@ -16,7 +16,7 @@ from biggan.trials import render
 
 @dataclass(frozen=True)
 class Sweep:
-    """Search hyper-parameters with trials that stop early on FID, or take up a sweep again.
+    r"""Search hyper-parameters with trials that stop early on FID, or take up a sweep again.
 
     By default the learning rates of G and D, the batch size and the strength of orthogonal
     regularization are searched, around the settings that the flags below describe; those settings
@@ -24,8 +24,8 @@ class Sweep:
 
     python jobs/sweep.py --preset digits --name first --num-trials 8
 
-    python jobs/sweep.py --preset digits --name second --space "optim.lr_g=loguniform(1e-4, 1e-2)"
-    "model.ch_d=choice([8, 16])"
+    python jobs/sweep.py --preset digits --name second \
+      --space "optim.lr_g=loguniform(1e-4, 1e-2)" "model.ch_d=choice([8, 16])"
     """
 
     name: str
@@ -36,7 +36,8 @@ class Sweep:
     """Fields to search: FIELD=loguniform(low, high), uniform(low, high), randint(low, high) or
     choice([...])."""
     preset: str | None = None
-    """A recipe to start from (see biggan.presets)."""
+    """A recipe to start from: digits, laptop, standard, cifar10, imagenet64, imagenet128,
+    imagenet128_deep, imagenet256, imagenet512 (see biggan.presets)."""
     config_file: ConfigFile = None
     """A YAML file to start from."""
     storage: str | None = None

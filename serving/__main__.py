@@ -40,9 +40,11 @@ class Serve:
     python -m serving --models digits --canary digits@best 95 digits@candidate 5
     """
 
-    endpoint: Annotated[EndpointConfig, tyro.conf.arg(name="")] = field(
-        default_factory=EndpointConfig
-    )
+    endpoint: Annotated[
+        EndpointConfig,
+        tyro.conf.arg(name=""),
+        tyro.conf.FlagCreatePairsOff,  # Or there would be a --no-no-auth.
+    ] = field(default_factory=EndpointConfig)
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 8000
@@ -53,7 +55,7 @@ class Serve:
 
 def main() -> None:
     """Serve what the command line describes."""
-    command = parse(Serve)
+    command = parse(Serve, prog="python -m serving")
     root = storage_root(command.endpoint.storage)
     check_exposure(command.host, command.endpoint.no_auth)
     if not 1 <= command.port <= 65535:

@@ -52,7 +52,7 @@ class Limits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rate: int = Field(600, ge=1)
-    """Images a minute. So many may be taken at once, or `LEAST_BURST` if that is more."""
+    """Images a minute. So many may be taken at once, or 64 if that is more."""
     quota: int | None = Field(None, ge=1)
     """Images a day, which begins at midnight UTC; None: as many as the rate allows."""
     models: tuple[str, ...] | None = Field(None, min_length=1)
@@ -306,7 +306,8 @@ class Make(_Stored):
     """
 
     name: Name
-    """Whose key it is: letters, digits, '_' and '-'."""
+    """Whose key it is: at most 64 lower-case letters, digits, '_' and '-', beginning with a letter
+    or digit."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
 
     def run(self) -> None:
@@ -401,7 +402,7 @@ def main() -> None:
     # Brings torch along, which what checks and counts can do without.
     from biggan.commands import parse, run_command
 
-    run_command(lambda: parse(Command).do.run())
+    run_command(lambda: parse(Command, prog="python -m serving.keys").do.run())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The commands: help that teaches, and mistakes told in a line."""
 
+import importlib
 import socket
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from biggan.presets import digits
 from serving.__main__ import _taken
 
 COMMANDS = [
-    *("prepare", "train", "sweep", "promote", "evaluate", "generate"),
-    *("import_weights", "export_weights"),
+    *("prepare", "train", "sweep", "promote", "evaluate", "generate", "directions"),
+    *("quickstart", "import_weights", "export_weights"),
 ]
 
 
@@ -24,8 +25,20 @@ COMMANDS = [
 def test_help_has_an_example(job_here, name):
     status, said = job_here(name, "--help")
     assert not status
-    assert f"python jobs/{name}.py --" in said
+    options = "\n" if name == "quickstart" else " --"  # It needs none.
+    assert f"\npython jobs/{name}.py{options}" in said
     assert "--storage" in said
+
+
+@pytest.mark.parametrize("module", ["serving.__main__", "serving.keys"])
+def test_help_of_the_endpoint_names_the_command(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [__file__, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: python -m {module.removesuffix('.__main__')} [")
+    assert "--no-no-" not in said
 
 
 def test_where_a_commands_settings_start_from(monkeypatch, tmp_path, tiny_run):

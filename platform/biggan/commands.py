@@ -27,12 +27,15 @@ ConfigFile = Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE")
 """A command's `config_file` field."""
 
 
-def parse(command: type[T], default: T | None = None) -> T:
-    """Build a command's dataclass from the command line; `default` fills what is not given."""
+def parse(command: type[T], default: T | None = None, prog: str | None = None) -> T:
+    """Build a command's dataclass from the command line; `default` fills what is not given.
+
+    `prog` is how the command is called, where that is not by the name of its file.
+    """
     try:
         if default is None:
-            return tyro.cli(command)
-        return tyro.cli(command, default=default)
+            return tyro.cli(command, prog=prog)
+        return tyro.cli(command, prog=prog, default=default)
     except ValidationError as error:  # Of several fields together; tyro tells those of one itself.
         raise ConfigError(explain(error)) from None
 
