@@ -60,7 +60,7 @@ class Sampler:
         self._work += min(1.0, images / model.limit) * seconds / model.threads
         model.demand.make(images)
         if self.reporter:
-            self.reporter.add(Batch(self.name, images, backlog))
+            self.reporter.add(Batch(self.name, model.version, images, backlog))
 
     def _turned_away(self, model: Loaded, images: int) -> None:
         self._work += self._batcher.last_seconds * images / (model.limit * model.threads)
