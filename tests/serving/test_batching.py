@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -137,6 +138,20 @@ def test_where_a_batch_is_one_image_they_take_turns():
         assert model.batches == [[0], ["s0"], [1], ["s2"], [2], [3]]
 
 
+def test_a_few_images_are_let_in_beside_an_animation_too_where_a_batch_has_fewer():
+    @run
+    async def _test():
+        model, batcher = Model(limit=2), Batcher(Model.make)
+        model.room = 3
+        requests = [(model, range(n)) for n in (50, SMALL + 1, SMALL)]
+        large, larger, small = await ask_in_turn(batcher, requests)
+        assert isinstance(await larger, Busy)
+        model.let.release(1 + SMALL)
+        assert len(await small) == SMALL
+        model.let.release(100)
+        await large
+
+
 def test_each_in_turn_has_half_of_what_is_left():
     @run
     async def _test():
@@ -167,7 +182,7 @@ def test_however_many_animations_go_on_nobody_waits_for_their_end():
         for _ in range(11):
             model.let.release(1)
             await settle()
-        made = [sum(item[0] == name for item in sum(model.batches, [])) for name in "abcdef"]
+        made = [sum(item[0] == name for item in chain(*model.batches)) for name in "abcdef"]
         assert sum(made) == 48
         assert min(made) >= 5
         single = asyncio.create_task(batcher.submit(model, ["s0"]))

@@ -1,6 +1,8 @@
 """What a gateway asks of samplers by one call, and what it asks of them at all."""
 
 import asyncio
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +20,17 @@ class Samplers:
 
     def __init__(self):
         self.calls, self.told, self.let, self.busy = [], [], {}, set()
-        self.synthesize_all = self
+        self.anywhere = []
+        """Of each call: whether samplers that are yet to load the model may get it."""
+        self.synthesize_all = SimpleNamespace(remote=partial(self.ask, True))
 
-    def options(self, **_options):
-        return self
+    def options(self, multiplexed_model_id):
+        assert multiplexed_model_id == "grey@v1"
+        return SimpleNamespace(synthesize_all=SimpleNamespace(remote=partial(self.ask, False)))
 
-    async def remote(self, version, wanted, turned_away):
+    async def ask(self, anywhere, version, wanted, turned_away):
         assert version == "grey@v1"
+        self.anywhere.append(anywhere)
         self.calls.append([len(recipes) for recipes in wanted])
         self.told.append(turned_away)
         await self.let.setdefault(len(wanted[0]), asyncio.Event()).wait()
@@ -83,14 +89,14 @@ def test_a_call_that_nobody_waits_for_ends():
     async def _test():
         samplers, ended = Samplers(), []
 
-        async def remote(*_arguments):
+        async def hang(*_arguments):
             try:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
                 ended.append(True)
                 raise
 
-        samplers.remote = remote
+        samplers.ask = hang
         [large] = await ask(RemoteSampler(samplers), 256)
         large.cancel()
         await asyncio.wait([large])
@@ -134,3 +140,4 @@ def test_animations_that_are_too_many_are_remembered_and_told():
         await task
         assert samplers.calls == [[256], [100], [SMALL + 1]]
         assert samplers.told == [0, 0, 200]  # For autoscaling.
+        assert samplers.anywhere == [False, False, True]
