@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,8 @@ from starlette.types import ASGIApp
 from biggan.directions import Directions
 from biggan.inversion import Progress
 from biggan.recipe import Recipe
-from serving import background
 from serving.api import create_api
-from serving.batching import Busy
+from serving.batching import SMALL, Busy
 from serving.catalogue import Catalogue
 from serving.coalescing import Coalescer
 from serving.config import EndpointConfig
@@ -65,12 +65,19 @@ class RemoteSampler:
 
     def full(self, version: str, images: int, others: int) -> Busy | None:
         """That samplers have no room for so many images, as a call to them would only repeat."""
-        return self._of(version).window.full(images, others)
+        calls = self._of(version)
+        return (calls.window if images <= SMALL else calls.large).full(images, others)
 
     async def synthesize(self, version: str, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
-        """See `Sampler.synthesize`."""
+        """See `Sampler.synthesize`.
+
+        Of a call all are answered together, so that a large request has its own: who asks for an
+        image does not wait for an animation.
+        """
         calls = self._of(version)
-        return await calls.window.ask(len(recipes), lambda: calls.together.ask(recipes))
+        if len(recipes) <= SMALL:
+            return await calls.window.ask(len(recipes), lambda: calls.together.ask(recipes))
+        return await calls.large.ask(len(recipes), lambda: calls.alone(recipes))
 
     async def walk(
         self, version: str, stops: Sequence[Recipe], frames: int, loop: bool
@@ -102,30 +109,35 @@ class _Version:
         self.version, self.any = version, handle
         # The model's id lets Serve choose a replica that has the model in memory.
         self.having = handle.options(multiplexed_model_id=version)
-        self.window = Window()
-        self.together: Coalescer[Sequence[Recipe], np.ndarray | Busy] = Coalescer(self._synthesize)
+        # Samplers have room for small requests beside large ones, and less for large ones than
+        # these have images: in one window an animation would keep all others out until its end.
+        self.window, self.large = Window(), Window()
+        self.together: Coalescer[Sequence[Recipe], np.ndarray | Busy] = Coalescer(
+            partial(self._synthesize, self.window)
+        )
+
+    async def alone(self, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
+        """The answer to one request; if it is cancelled, so is the call."""
+        [answer] = await self._synthesize(self.large, [recipes])
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     async def _synthesize(
-        self, wanted: list[Sequence[Recipe]]
+        self, window: Window, wanted: list[Sequence[Recipe]]
     ) -> list[np.ndarray | Busy | BaseException]:
-        turned_away, self.window.turned_away = self.window.turned_away, 0
+        turned_away, window.turned_away = window.turned_away, 0
         answers: list[np.ndarray | Busy | BaseException]
         answers = await self.ask("synthesize_all", wanted, turned_away)
         return answers
 
     async def ask(self, method: str, *arguments: Any) -> Any:
-        """What a sampler's method gives.
-
-        Whoever leaves stops nothing: a model that has to be loaded first would be loaded anew for
-        the next who asks, and beside the former.
-        """
-        return await background.finish(self._ask(method, *arguments))
-
-    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """What a sampler's method gives."""
         for _ in range(2):  # Recipes give the same images elsewhere, if a sampler dies of one.
             # Those who have it may have too much to do: then others are to load it, for they would
             # be left idle else, however many come.
-            handle = self.any if self.window.crowded else self.having
+            crowded = self.window.crowded or self.large.crowded
+            handle = self.any if crowded else self.having
             try:
                 return await getattr(handle, method).remote(self.version, *arguments)
             except BackPressureError:

@@ -93,7 +93,10 @@ _ANSWERS: dict[str, BaseModel | str] = {
     ),
     "/healthz": Health(),
     "/readyz": Ready(model=MODEL),
-    "/metrics": 'biggan_images_total{key="alice",model="digits@v1"} 64.0\n',
+    "/metrics": (
+        'biggan_images_total{key="alice",model="digits@v1"} 64.0\n'
+        'biggan_backlog_images{model="digits@v1",replica="1f0c9a2b"} 3.0\n'
+    ),
 }
 EXAMPLES: dict[str, Any] = {
     path: answer if isinstance(answer, str) else answer.model_dump(mode="json", by_alias=True)

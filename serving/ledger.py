@@ -64,9 +64,11 @@ class Batch:
     """One batch of a sampler."""
 
     replica: str
+    model: str
+    """NAME@VERSION."""
     images: int
     backlog: int
-    """Images that were left waiting."""
+    """Images of the model that were left waiting."""
 
 
 Event = Served | TurnedAway | Batch
@@ -80,6 +82,11 @@ class Ledger:
         self.meter = Meter(root)
         self.meter.start()
         self.registry = CollectorRegistry()
+        # Each combination of labels that occurs is a series, and stays one until the ledger ends.
+        # No client makes one up: operations are routes, keys are those that were made, models are
+        # versions that are served, and strangers have empty names. Of `biggan_request_seconds` each
+        # is 17 series: 100 keys that use 3 operations of 2 models are 10,000, which Prometheus
+        # bears; with thousands of keys, let it sum `key` away when it scrapes.
         self.requests = Counter(
             "biggan_requests",
             "Requests answered.",
@@ -89,7 +96,7 @@ class Ledger:
         self.seconds = Histogram(
             "biggan_request_seconds",
             "Time from a request's arrival at the gateway to the end of its answer.",
-            ("operation", "model"),
+            ("operation", "key", "model"),
             buckets=SECONDS,
             registry=self.registry,
         )
@@ -97,15 +104,20 @@ class Ledger:
             "biggan_images", "Images made.", ("key", "model"), registry=self.registry
         )
         self.batches = Histogram(
-            "biggan_batch_images", "Images a batch.", buckets=IMAGES, registry=self.registry
+            "biggan_batch_images",
+            "Images a batch.",
+            ("model",),
+            buckets=IMAGES,
+            registry=self.registry,
         )
         self.backlog = Gauge(
             "biggan_backlog_images",
             "Images that wait for a batch.",
-            ("replica",),
+            ("model", "replica"),  # Replicas come and go, and are forgotten; see `metrics`.
             registry=self.registry,
         )
-        self._heard: dict[str, float] = {}
+        self._heard: dict[tuple[str, str], float] = {}
+        """When a model of a replica last made a batch."""
         self._newest: dict[str, deque[tuple[float, bool]]] = defaultdict(
             lambda: deque(maxlen=REMEMBERED)
         )
@@ -114,9 +126,10 @@ class Ledger:
         """Count what a gateway or a sampler saw."""
         for event in events:
             if isinstance(event, Batch):
-                self._heard[event.replica] = time.monotonic()
-                self.backlog.labels(event.replica).set(event.backlog)
-                self.batches.observe(event.images)
+                labels = (event.model, event.replica)
+                self._heard[labels] = time.monotonic()
+                self.backlog.labels(*labels).set(event.backlog)
+                self.batches.labels(event.model).observe(event.images)
             elif isinstance(event, TurnedAway):
                 self.requests.labels(event.operation, "", "", "503").inc(event.requests)
             else:
@@ -125,7 +138,7 @@ class Ledger:
     def _serve(self, request: Served) -> None:
         labels = (request.operation, request.key, request.model, str(request.status))
         self.requests.labels(*labels).inc()
-        self.seconds.labels(request.operation, request.model).observe(request.seconds)
+        self.seconds.labels(*labels[:3]).observe(request.seconds)
         if request.images:
             self.images.labels(request.key, request.model).inc(request.images)
         answered = request.status < 400  # Else the model was not asked, unless it failed.
@@ -152,9 +165,9 @@ class Ledger:
     async def metrics(self) -> bytes:
         """All counts in Prometheus' text format."""
         now = time.monotonic()
-        for replica in [r for r, heard in self._heard.items() if now - heard > SILENT_SECONDS]:
-            self.backlog.remove(replica)
-            del self._heard[replica]
+        for labels in [own for own, heard in self._heard.items() if now - heard > SILENT_SECONDS]:
+            self.backlog.remove(*labels)
+            del self._heard[labels]
         return generate_latest(self.registry)
 
     async def observed(self) -> dict[str, Observed]:

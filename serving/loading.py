@@ -51,9 +51,15 @@ class Pace:
 class Loaded:
     """A model version in memory."""
 
-    def __init__(self, G: Generator, directions: Directions, renderer: Renderer) -> None:
-        """`renderer` computes images of `G`, which `directions` change."""
+    def __init__(
+        self, G: Generator, directions: Directions, renderer: Renderer, version: str = ""
+    ) -> None:
+        """`renderer` computes images of `G`, which `directions` change.
+
+        `version` is its NAME@VERSION, by which it is counted.
+        """
         self.G, self.directions, self.renderer = G, directions, renderer
+        self.version = version
         self.pace, self.demand = Pace(), Demand()
         self._clock = time.thread_time if G.device.type == "cpu" else time.perf_counter
         self.threads = 1
@@ -113,7 +119,7 @@ def load_model(
     if G.device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # Its 10 bits would be told from float32.
     recipes = [Recipe(classes={0: 1.0}, seed=0)]
-    loaded = Loaded(G, directions, Renderer(G, rendering))
+    loaded = Loaded(G, directions, Renderer(G, rendering), version)
     plain = G.device.type == "cpu" and not loaded.renderer.compiled
     if plain and loaded.least_seconds(recipes) > LARGE_SECONDS:
         loaded.threads = threads

@@ -51,6 +51,7 @@ class Sampler:
         self.rendering, self.threads = rendering, threads
         self.name = uuid.uuid4().hex[:8]
         self._models: dict[str, Loaded] = {}
+        self._loading = asyncio.Lock()
         self._batcher: Batcher[Loaded, Recipe] = Batcher(_make, self._note)
         self._work, self._since = 0.0, time.monotonic()
         self._following: asyncio.Task[None] | None = None
@@ -60,7 +61,7 @@ class Sampler:
         self._work += min(1.0, images / model.limit) * seconds / model.threads
         model.demand.make(images)
         if self.reporter:
-            self.reporter.add(Batch(self.name, images, backlog))
+            self.reporter.add(Batch(self.name, model.version, images, backlog))
 
     def _turned_away(self, model: Loaded, images: int) -> None:
         self._work += self._batcher.last_seconds * images / (model.limit * model.threads)
@@ -68,9 +69,17 @@ class Sampler:
 
     async def model(self, version: str) -> Loaded:
         """A model NAME@VERSION, loaded when first asked for."""
-        if version not in self._models:
-            self._models[version] = await self._load(version, CPU)
+        async with self._loading:
+            if version not in self._models:
+                self._models[version] = await self._load(version, CPU)
         return self._models[version]
+
+    async def _whole(self, version: str) -> Loaded:
+        """A model, which is loaded to the end though whoever asked may leave.
+
+        The next who asks would have it loaded anew, and beside the former.
+        """
+        return await background.finish(self.model(version))
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Load what most requests will want; Serve calls this before it sends the first.
@@ -113,7 +122,9 @@ class Sampler:
 
         Raises `UserError` for what the model cannot do, `StorageError` if it is not there.
         """
-        model = await self.model(version)
+        return await self._submit(await self._whole(version), recipes)
+
+    async def _submit(self, model: Loaded, recipes: Sequence[Recipe]) -> np.ndarray | Busy:
         images = await self._batcher.submit(model, recipes)
         if isinstance(images, Busy):
             self._turned_away(model, len(recipes))
@@ -126,9 +137,9 @@ class Sampler:
 
         `turned_away` images were wanted too, but not asked for: they count as work.
         """
-        model = await self.model(version)  # Once, for all; its error is that of all.
+        model = await self._whole(version)  # Once, for all; its error is that of all.
         self._turned_away(model, turned_away)
-        requests = (self.synthesize(version, recipes) for recipes in wanted)
+        requests = (self._submit(model, recipes) for recipes in wanted)
         return await asyncio.gather(*requests, return_exceptions=True)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -140,19 +151,19 @@ class Sampler:
 
     async def directions(self, version: str) -> Directions:
         """The directions of a model NAME@VERSION, which is loaded by then."""
-        return (await self.model(version)).directions
+        return (await self._whole(version)).directions
 
     async def walk(
         self, version: str, stops: Sequence[Recipe], frames: int, loop: bool
     ) -> list[Recipe]:
         """The recipes of the frames between images (`biggan.interpolation.walk`)."""
-        model = await self.model(version)
+        model = await self._whole(version)
         return walk(model.G, stops, frames, model.directions, loop=loop)
 
     async def embedding(self, version: str, classes: Mapping[int, float]) -> list[float]:
         """The embedding of a mixture of classes."""
         recipe = Recipe(classes=dict(classes), seed=0)
-        y: list[float] = embeddings((await self.model(version)).G, [recipe])[0].tolist()
+        y: list[float] = embeddings((await self._whole(version)).G, [recipe])[0].tolist()
         return y
 
 

@@ -206,12 +206,19 @@ def test_a_model_is_judged_by_what_failed_too(grey, colour):
 def test_a_sampler_that_is_no_more_has_no_backlog(storage, monkeypatch):
     async def run():
         ledger = Ledger(str(storage))
-        await ledger.record([Batch("gone", 4, 7), Batch("here", 4, 3)])
-        assert b'biggan_backlog_images{replica="gone"} 7.0' in await ledger.metrics()
-        ledger._heard["gone"] -= SILENT_SECONDS + 1
-        told = await ledger.metrics()
-        assert b"gone" not in told
-        assert b'biggan_backlog_images{replica="here"} 3.0' in told
+        await ledger.record(
+            [Batch("gone", "a@v1", 4, 7), Batch("here", "a@v1", 4, 3), Batch("here", "b@v1", 9, 2)]
+        )
+        told = (await ledger.metrics()).decode()
+        assert 'biggan_backlog_images{model="a@v1",replica="gone"} 7.0' in told
+        ledger._heard["a@v1", "gone"] -= SILENT_SECONDS + 1
+        ledger._heard["b@v1", "here"] -= SILENT_SECONDS + 1  # It has made room for another model.
+        told = (await ledger.metrics()).decode()
+        assert [line for line in told.splitlines() if line.startswith("biggan_backlog_images")] == [
+            'biggan_backlog_images{model="a@v1",replica="here"} 3.0'
+        ]
+        assert 'biggan_batch_images_sum{model="a@v1"} 8.0' in told
+        assert 'biggan_batch_images_sum{model="b@v1"} 9.0' in told
 
     asyncio.run(run())
 
@@ -220,11 +227,18 @@ def test_metrics_tell_keys_and_models_apart(closed, secrets):
     client = biggan.Client(closed, key=secrets["alice"])
     client.generate(3, n=5)
     headers = {"Authorization": f"Bearer {secrets['alice']}"}
-    wanted = 'biggan_requests_total{key="alice",model="grey@v1",operation="/v1/generate"'
-    text, deadline = "", time.monotonic() + 20
-    while wanted not in text and time.monotonic() < deadline:
+    wanted = [
+        'biggan_requests_total{key="alice",model="grey@v1",operation="/v1/generate"',
+        'biggan_request_seconds_count{key="alice",model="grey@v1",operation="/v1/generate"}',
+        'biggan_batch_images_count{model="grey@v1"}',
+        'biggan_backlog_images{model="grey@v1",replica="',
+    ]
+    missing, deadline = wanted, time.monotonic() + 20
+    while missing and time.monotonic() < deadline:
         time.sleep(0.2)  # Events are sent once a second.
         text = requests.get(f"{closed}/metrics", headers=headers, timeout=60).text
+        missing = [series for series in wanted if series not in text]
+    assert not missing
     [images] = [
         line
         for line in text.splitlines()

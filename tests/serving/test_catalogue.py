@@ -11,9 +11,11 @@ from local_endpoint import random_generator
 
 from biggan.directions import NAMES, write_names
 from biggan.models import CARD, WEIGHTS, WEIGHTS_SHA256, ModelStore
+from biggan.recipe import Recipe
 from biggan.storage import storage_root
 from serving import catalogue as catalogue_module
 from serving.catalogue import Catalogue
+from serving.loading import load_model
 from serving.problems import ProblemError
 from serving.sampler import Sampler
 
@@ -158,6 +160,34 @@ def test_a_sampler_loads_what_an_alias_moves_to_before_it_is_asked_for(folder, m
         assert not sampler._following.done()
 
     asyncio.run(move())
+
+
+def test_who_leaves_while_a_model_is_loaded_does_not_have_it_loaded_twice(folder, monkeypatch):
+    version, loads = f"{folder.parent.name}@v1", []
+
+    def load(*given):
+        loads.append(given)
+        time.sleep(0.5)
+        return load_model(*given)
+
+    monkeypatch.setattr("serving.sampler.load_model", load)
+
+    async def leave(ask):
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await ask()
+
+    async def run():
+        sampler = Sampler(storage_root())
+        recipe = Recipe(classes={1: 1.0}, seed=0)
+        await leave(lambda: sampler.directions(version))
+        await leave(lambda: sampler.synthesize_all(version, [[recipe]]))
+        [made] = await sampler.synthesize_all(version, [[recipe]])
+        assert made.shape == (1, 16, 16, 1)
+
+    asyncio.run(run())
+    assert len(loads) == 1
 
 
 def test_what_cannot_be_loaded_is_tried_again_after_a_while(folder, monkeypatch):
