@@ -28,6 +28,8 @@ from serving.ingress import TURNED_AWAY
 from serving.keys import Keys, KeyStore, Limits
 from serving.ledger import SILENT_SECONDS, Batch, Ledger
 from serving.sampler import _make
+from serving.schemas import GenerateRequest
+from serving.service import Caller
 
 PROBLEM = "application/problem+json"
 
@@ -329,23 +331,36 @@ def test_uploads_have_a_bound_of_number_and_of_time(grey, monkeypatch):
 
 
 def test_who_leaves_is_not_given_back_what_is_made_all_the_same(storage, grey):
-    secret = KeyStore().make("impatient", Limits(quota=10))
+    """Serve cancels the request of a client that leaves."""
+    KeyStore().make("impatient", Limits(quota=10))
+    [key] = [key for key in KeyStore().all() if key.name == "impatient"]
     service = new_service(["grey"])
-    making, counts = threading.Event(), service.counts
+    meter = service.counts.meter
+    request = GenerateRequest.model_validate({"class": 3, "n": 8})
 
-    async def make(*_asked):
-        making.set()
-        await asyncio.sleep(60)
+    async def leave():
+        making = asyncio.Event()
 
-    service.painter.synthesize = make
-    with served(service, Keys()) as url:
-        body, headers = {"class": 3, "n": 8}, {"X-API-Key": secret}
-        with pytest.raises(requests.ReadTimeout):
-            requests.post(f"{url}/v1/generate", json=body, headers=headers, timeout=1)
-        assert making.is_set()
-        answer = requests.post(f"{url}/v1/generate", json=body, headers=headers, timeout=60)
-    assert (answer.status_code, "2 of which are left" in answer.text) == (429, True)
-    assert counts.meter._used[counts.meter._day]["impatient"] == 8
+        async def make(*_asked):
+            making.set()
+            await asyncio.sleep(60)
+
+        service.painter.synthesize = make
+        left = asyncio.create_task(service.generate(Caller(key), request))
+        await making.wait()
+        left.cancel()
+        await asyncio.wait([left])
+        assert meter.take(key, 3).retry_after  # 2 are left.
+
+        async def fail(*_asked):
+            raise OSError
+
+        service.painter.synthesize = fail
+        with pytest.raises(OSError):
+            await service.generate(Caller(key), request.model_copy(update={"n": 2}))
+        assert meter.take(key, 2).left == 0
+
+    asyncio.run(leave())
 
 
 def test_a_sampler_that_does_not_come_is_not_waited_for_for_ever(grey, monkeypatch):
