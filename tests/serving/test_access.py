@@ -353,10 +353,10 @@ def test_who_leaves_is_not_given_back_what_is_made_all_the_same(storage, grey):
         assert meter.take(key, 3).retry_after  # 2 are left.
 
         async def fail(*_asked):
-            raise OSError
+            raise ConnectionError
 
         service.painter.synthesize = fail
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionError):
             await service.generate(Caller(key), request.model_copy(update={"n": 2}))
         assert meter.take(key, 2).left == 0
 
