@@ -36,7 +36,7 @@ def test_a_dead_process_claims_nothing(tmp_path):
     pets.parent.write_json(".pets.claim", content)
     begin = time.monotonic()
     with claimed(pets, "prepared"):
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 8  # Of a living one the silence would take 12.
 
 
 def test_a_silent_one_elsewhere_is_taken_over_and_finds_out(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-import time
 
 import pandas as pd
 import pytest
@@ -204,15 +203,14 @@ def test_differences_inside_the_noise_are_marked():
     assert _standings(fids, None) == ["best", "", "", ""]
 
 
-def test_the_noise_is_of_the_protocol_that_the_trials_have(tiny_run):
+def test_the_noise_is_of_the_protocol_that_the_trials_have(tiny_run, monkeypatch):
     checkpoint = best_checkpoint(tiny_run)[0].uri
     evaluate(checkpoint=checkpoint, num_samples=200, repeats=2)  # Not what the sweep asks for.
     noise = _noise(Search(noise_repeats=2), None)(tiny_run)
     assert noise == evaluate(run="tiny", repeats=2).measures["fid"].deviation
     assert evaluate(checkpoint=checkpoint, repeats=2).measures["fid"].deviation == noise
-    began = time.monotonic()
+    monkeypatch.setattr("biggan.search.evaluate", None)  # It is read, not measured again.
     assert _noise(Search(noise_repeats=2), None)(tiny_run) == noise
-    assert time.monotonic() - began < 0.5  # It is read, not measured again.
 
 
 def test_evaluation_beside_training_finds_what_inline_finds(tiny_run, digits):

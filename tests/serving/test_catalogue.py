@@ -78,18 +78,20 @@ def test_a_changed_card_and_new_names_are_noticed_without_the_weights(folder, ca
 
 
 def test_requests_do_not_wait_for_what_is_read_again(catalogue, monkeypatch):
+    read = threading.Event()
+
     async def ask():
         before = await catalogue.find(None)
-        monkeypatch.setattr(catalogue, "_read", lambda chosen: time.sleep(1) or before)
-        for _ in range(
-            3
-        ):  # The first finds that it is time to look, the others that it is being done.
+        monkeypatch.setattr(catalogue, "_read", lambda _chosen: read.wait(60) and before)
+        for _ in range(3):  # The first finds that it is time to look, others that it is being done.
             await asyncio.sleep(0.15)
-            began = time.monotonic()
             assert await catalogue.find(None) is before
-            assert time.monotonic() - began < 0.5
+            assert not read.is_set()
+        read.set()
 
+    began = time.monotonic()
     asyncio.run(ask())
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("file", [CARD, NAMES])
@@ -246,7 +248,7 @@ def test_nobody_waits_long_for_what_takes_long_to_load(folder, monkeypatch):
             await asyncio.sleep(pause)
             began = time.monotonic()
             assert (await catalogue.find(None)).card.version == folder.name
-            assert time.monotonic() - began < (0.8 if pause == 0.6 else 0.2)
+            assert time.monotonic() - began < 5  # And not until it is loaded.
         loading.set()
         await ask_until(lambda: catalogue.find(None), lambda model: model.card.version == newer)
 
@@ -264,7 +266,7 @@ def test_a_store_that_hangs_stops_nobody_for_long(catalogue, monkeypatch):
             await asyncio.sleep(0.4)  # It is stale by then.
             began = time.monotonic()
             assert await catalogue.find(None) is before
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 10
         hangs.set()
 
     asyncio.run(ask())

@@ -306,5 +306,5 @@ def test_health_is_asked_for_once():
     began = time.monotonic()
     assert not biggan.Client(f"http://127.0.0.1:{port}").healthy()
     assert not biggan.Client(answering(BUSY, WHOLE)).healthy()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
     assert biggan.Client(answering(WHOLE)).healthy()

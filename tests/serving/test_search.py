@@ -114,7 +114,7 @@ def test_a_search_that_waits_for_another_until_its_deadline_is_told_so(endpoint,
         assert next(lines) == b"event: progress"
         began = time.monotonic()
         late = requests.post(url, json=body(image, deadline=0.05), timeout=60)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 8  # `GRACE_SECONDS` would be 10.
     assert (late.status_code, late.headers["Retry-After"]) == (503, "1")
     assert "no searcher was free within the deadline of 0.05 s" in late.json()["detail"]
 
