@@ -24,6 +24,7 @@ from biggan.models import load_generator
 from biggan.networks import Generator
 from biggan.parallel import CPU
 from serving import background
+from serving.schemas import MAX_SECONDS
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Searcher:
         self.storage = storage
         self._models: dict[str, Generator] = {}
         self._thread = ThreadPoolExecutor(1, "search")
+        self._begun = 0
+        """Searches that are done or wait."""
 
     async def model(self, version: str) -> Generator:
         """A model NAME@VERSION, loaded when first asked for."""
@@ -73,8 +76,9 @@ class Searcher:
     async def search(self, task: Task) -> AsyncGenerator[Progress | Result, None]:
         """How far a search is, from time to time, and last what it found.
 
-        Nothing, if others took until its time was up. Raises `UserError` for an image or class that
-        the model does not take. Closed before its end, it ends the search.
+        Nothing, if others took until its time was up; without others there is a step at least, even
+        if the model was loaded for as long. Raises `UserError` for an image or class that the model
+        does not take. Closed before its end, it ends the search.
         """
         G = await background.finish(self.model(task.version))
         loop, left = asyncio.get_running_loop(), threading.Event()
@@ -87,7 +91,9 @@ class Searcher:
             return left.is_set() or time.time() > task.until
 
         work = self._thread.submit(_search, G, task, tell, stop)
-        late = loop.call_later(task.until - time.time(), work.cancel)  # Only if it has not begun.
+        patience = task.until - time.time() if self._begun else MAX_SECONDS
+        late = loop.call_later(patience, work.cancel)  # Only if it has not begun.
+        self._begun += 1
         work.add_done_callback(lambda _: tell(None))
         try:
             last: Progress | None = None
@@ -100,6 +106,7 @@ class Searcher:
                 yield Result(inversion, last.step, last.step == last.steps)
         finally:
             left.set()
+            self._begun -= 1
             late.cancel()
             work.cancel()  # If it has not begun; otherwise it sees that it is left.
 

@@ -76,7 +76,7 @@ def test_a_deadline_ends_a_search_with_the_best_by_then(endpoint, grey):
     image = png(grey.sample(3, seed=5)[0])
     began = time.monotonic()
     answer = requests.post(
-        f"{endpoint}/v1/invert", json=body(image, deadline=0.05, candidates=8), timeout=60
+        f"{endpoint}/v1/invert", json=body(image, deadline=0.001, candidates=8), timeout=60
     ).json()
     assert time.monotonic() - began < 10
     assert not answer["finished"]
