@@ -35,7 +35,10 @@ CALLS = {
 
 
 def environment(place: str = "biggan") -> dict[str, str]:
-    """The variables; `place` tells apart the endpoints of different clusters on one machine."""
+    """The variables; `place` tells apart the endpoints of different clusters on one machine.
+
+    HAProxy's folder is made; raises `UserError` if another user has it.
+    """
     binary = _binary()
     if binary is None:
         return dict(CALLS)

@@ -410,7 +410,7 @@ class Service:
     async def _admitted(self, key: Key | None, images: int) -> AsyncIterator[None]:
         """Count images for a key, unless making them fails; raises `ProblemError` 403 or 429.
 
-        Whoever leaves is not given them back: they are made all the same.
+        Whoever leaves is not given them back: by then they are being made.
         """
         if key is None:
             yield
