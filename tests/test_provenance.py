@@ -484,7 +484,7 @@ def test_pictures_that_say_nothing(image_format):
 def test_recipes_that_the_model_cannot_follow(storage, recipe, said):
     G = generator(1)
     G.add_tables(TruncationTables(truncations=(0.0, 0.5, 1.0), convention="scale"))
-    folder = add_imported("scaled", G)
+    folder = add_imported("scaled-provenance", G)
     origin = Origin(
         model=model_name(folder), weights=weights_sha256(folder), class_names={}, recipes=(recipe,)
     )

@@ -246,18 +246,18 @@ def test_images_that_differ_in_what_a_request_has_one_of_are_refused():
 def test_an_image_is_the_same_after_a_promotion(storage):
     old, new = random_generator(2), random_generator(3)
     for G in (old, new):
-        add_imported("moving", G)
-    store = ModelStore("moving")
+        add_imported("replaced", G)
+    store = ModelStore("replaced")
     store.set_alias("best", "v1")
-    with served(new_service(["moving"])) as url:
+    with served(new_service(["replaced"])) as url:
         client = biggan.Client(url)
         images = client.generate(3, n=2, seed=5, truncation=0.5)
         store.set_alias("best", "v2")
-        while client.generate(3)[0].model == "moving@v1":
+        while client.generate(3)[0].model == "replaced@v1":
             time.sleep(0.1)
         [same] = client.edit(images[1])
         moving = Image.open(io.BytesIO(client.interpolate(images, frames=2)))
-    assert (same.model, same.truncation, same.seed) == ("moving@v1", 0.5, 6)
+    assert (same.model, same.truncation, same.seed) == ("replaced@v1", 0.5, 6)
     expected = old.sample([3, 3], seed=5, truncation=0.5)[..., 0].astype(int)
     assert np.abs(np.asarray(same.image) - expected[1]).max() <= 1
     assert np.abs(np.asarray(moving.convert("L")) - expected[0]).max() <= 1
