@@ -19,7 +19,7 @@ from biggan.runs import best_checkpoint, read_metrics
 from biggan.search import Search, parse_domain
 from biggan.storage import Folder, locate
 
-TRIALS = 8
+TRIALS = 6
 COMMAND = [
     *("jobs/sweep.py", "--preset", "laptop", "--dataset", "digits", "--name", "searched"),
     *("--num-trials", str(TRIALS), "--max-concurrent", "2", "--search-seed", "1"),

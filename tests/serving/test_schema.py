@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = int(os.environ.get("BIGGAN_API_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("BIGGAN_API_EXAMPLES", "10"))
 """Of each operation, besides those that the document's bounds suggest."""
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,"
