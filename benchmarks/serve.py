@@ -82,16 +82,14 @@ def make_model(kind: str, root: str) -> None:
 
 
 class Bare:
-    """The model alone: a request's images, and the file of them.
+    """The model alone: a request's images, and the file of them."""
 
-    Made ready as a sampler makes it, so that servers are compared and not layouts in memory.
-    """
-
-    def __init__(self, root: str) -> None:
-        G = load_generator("bench", root=root)
-        G.freeze()
-        G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.G = G
+    def __init__(self, root: str, as_loaded: bool) -> None:
+        """`as_loaded`: as `load_generator` gives it, or else made ready as a sampler makes it."""
+        self.G = load_generator("bench", root=root)
+        if not as_loaded:
+            self.G.freeze()
+            self.G.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         store = ModelStore("bench", root)
         self.model = Model.read(store.folder / "v1")
 
@@ -109,13 +107,13 @@ class Bare:
         return files
 
 
-def serve_fastapi(root: str, port: int) -> None:
+def serve_fastapi(root: str, port: int, as_loaded: bool) -> None:
     """A plain application, as it is first written: a route that calls the model."""
     import uvicorn
     from fastapi import Body, FastAPI
     from starlette.responses import Response
 
-    bare, app = Bare(root), FastAPI()
+    bare, app = Bare(root, as_loaded), FastAPI()
 
     @app.post("/v1/generate")
     def generate(body: dict[str, Any] = Body()) -> Response:  # noqa: B008
@@ -125,7 +123,7 @@ def serve_fastapi(root: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def server(peer: str, root: str, options: list[str]) -> Iterator[str]:
+def server(peer: str, root: str, as_loaded: bool, options: list[str]) -> Iterator[str]:
     """A server in processes of its own, once it answers; gives the URL of its route."""
     port = 20_000 + secrets.randbelow(12_000)  # The system gives none of these to a connection.
     if peer == "ours":
@@ -134,6 +132,8 @@ def server(peer: str, root: str, options: list[str]) -> Iterator[str]:
         command = [str(ROOT / "benchmarks/serve_litserve.py"), str(port)]
     else:
         command = [__file__, "--serve", peer, "--port", str(port)]
+    if as_loaded and peer != "ours":
+        command.append("--as-loaded")
     environment = os.environ | {
         "BIGGAN_STORAGE": root,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "platform")]),
@@ -203,9 +203,9 @@ def measure(peer: str, url: str, connections: int, images: int, seconds: float) 
     return Load(peer, connections, len(latencies) / seconds, p50, p95, p99, failures)
 
 
-def bare_rate(root: str, images: int, seconds: float) -> tuple[float, float]:
+def bare_rate(root: str, as_loaded: bool, images: int, seconds: float) -> tuple[float, float]:
     """Requests a second of the bare model, one after the other, and the median's milliseconds."""
-    bare, times = Bare(root), []
+    bare, times = Bare(root, as_loaded), []
     for seed in range(5):
         bare.files([{"class": 0, "seed": seed, "n": images}])
     end = time.perf_counter() + seconds
@@ -227,13 +227,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--as-loaded",
+        action="store_true",
+        help="the bare model and the peers have the model as load_generator gives it,"
+        " instead of made ready for sampling as ours makes it",
+    )
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for our endpoint")
     parser.add_argument("--output", type=Path, help="a picture of throughput and latency")
     parser.add_argument("--serve", choices=("fastapi",), help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve_fastapi(os.environ["BIGGAN_STORAGE"], args.port)
+        serve_fastapi(os.environ["BIGGAN_STORAGE"], args.port, args.as_loaded)
         return
     with tempfile.TemporaryDirectory() as root:
         make_model(args.model, root)
@@ -246,9 +252,9 @@ def compare(root: str, args: argparse.Namespace) -> None:
     loads: list[Load] = []
     bare: list[tuple[float, float]] = []
     for _ in range(args.rounds):
-        bare.append(bare_rate(root, args.images, args.seconds))
+        bare.append(bare_rate(root, args.as_loaded, args.images, args.seconds))
         for peer in args.peers:
-            with server(peer, root, args.options) as url:
+            with server(peer, root, args.as_loaded, args.options) as url:
                 for connections in args.connections:
                     load = measure(peer, url, connections, args.images, args.seconds)
                     loads.append(load)

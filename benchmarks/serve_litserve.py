@@ -17,9 +17,12 @@ from starlette.responses import Response
 class Api(litserve.LitAPI):  # type: ignore[misc]
     """The route of `/v1/generate`."""
 
+    as_loaded: bool
+    """Of `serve.Bare`."""
+
     def setup(self, device: str) -> None:  # noqa: ARG002
         """Load the model."""
-        self.bare = Bare(os.environ["BIGGAN_STORAGE"])
+        self.bare = Bare(os.environ["BIGGAN_STORAGE"], self.as_loaded)
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe reads the types.
         """A request as it is."""
@@ -40,5 +43,6 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     api = Api(max_batch_size=64, batch_timeout=0.002, api_path="/v1/generate")
+    api.as_loaded = "--as-loaded" in sys.argv
     server = litserve.LitServer(api, accelerator="cpu", fast_queue=True)
     server.run(port=int(sys.argv[1]), log_level="error", generate_client_file=False)

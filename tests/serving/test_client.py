@@ -6,14 +6,20 @@ import json
 import os
 import pickle
 import socket
+import ssl
 import threading
 import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import requests
 from conftest import add_imported
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from local_endpoint import new_service, random_generator, served
 from PIL import Image
 
@@ -287,6 +293,29 @@ def test_a_client_and_what_it_gives_can_be_sent_to_other_processes():
     images = {"model": "a@v1", "truncation": None, "images": [item]}
     [image] = biggan.Client(answering(answer(200, json.dumps(images)))).generate(3)
     assert pickle.loads(pickle.dumps(image)) == image
+
+
+def test_a_certificate_of_somebody_else_is_told_at_once(tmp_path):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "somebody")])
+    now = datetime.now(UTC)
+    days = (now - timedelta(days=1), now + timedelta(days=1))
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, *days)
+    pem, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (tmp_path / "both.pem").write_bytes(
+        certificate.sign(key, hashes.SHA256()).public_bytes(pem)
+        + key.private_bytes(pem, private, serialization.NoEncryption())
+    )
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client, began = biggan.Client(f"https://127.0.0.1:{server.server_port}"), time.monotonic()
+    with pytest.raises(requests.exceptions.SSLError, match="self-signed certificate"):
+        client.classes()
+    assert time.monotonic() - began < 2
+    server.shutdown()
 
 
 def test_threads_share_a_client():
