@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -181,8 +182,14 @@ def storage(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits(cluster, storage):
-    """The digits, prepared."""
-    prepare(Preparation(source="digits", resolution=16, channels=1), "digits")
+    """The digits, prepared: by the process that comes first, for the other too."""
+    shared, mine = SESSIONS / "digits", storage / "datasets" / "digits"
+    with FileLock(SESSIONS / "digits.lock"):
+        if shared.exists():
+            shutil.copytree(shared, mine)
+        else:
+            prepare(Preparation(source="digits", resolution=16, channels=1), "digits")
+            shutil.copytree(mine, shared)
     return Dataset.open("digits")
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from conftest import add_imported
 from local_endpoint import random_generator
 from torch._dynamo.utils import counters
@@ -19,6 +20,8 @@ from biggan.truncation import TruncationTables
 from serving.rendering import Renderer, Rendering
 from serving.sampler import Sampler
 
+# It would compile, for 10 s, what tells whether the processor can do what it says.
+torch._inductor.config.cpp.vec_isa_ok = True
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RECIPES = [
     Recipe(classes={i % 10: 1.0}, seed=i, truncation=t)
