@@ -44,7 +44,8 @@ class EndpointConfig(BaseModel):
     that they may call its images altered."""
     compiled: bool | None = None
     """Whether samplers compile models before they serve them; None: on a GPU. On a CPU it takes
-    some 10 s for each size of batch, and gains a tenth (`benchmarks/README.md`)."""
+    some 10 s for each size of batch and gains a tenth, but a model computes in one thread then:
+    half as many images of 64 pixels on two cores (`benchmarks/README.md`)."""
     min_searchers: int = Field(0, ge=0)
     """Searchers at rest, for inversion and super-resolution; with 0 the first search waits."""
     max_searchers: int = Field(2, ge=1)
